@@ -1,0 +1,47 @@
+# Every target sets up its own environment: a fresh machine needs Python 3.11 and make.
+PYTHON ?= python3.11
+VENV   := .venv
+PY     := $(VENV)/bin/python
+# Elsewhere than on a GPU machine, TORCH_FLAGS="--index-url https://download.pytorch.org/whl/cpu" saves gigabytes.
+TORCH_FLAGS ?=
+SECONDS_TO_RUN ?= 60
+DATA ?= ../shared/data
+export PYTHONUNBUFFERED = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format bench-replay clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet $(TORCH_FLAGS) -c constraints.txt torch==2.13.0
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+install: $(VENV)/installed  ## build .venv with everything the demo and the tests need
+
+demo: $(VENV)/installed  ## the whole system on this machine for SECONDS_TO_RUN seconds
+	$(PY) -m streamgr demo --seconds $(SECONDS_TO_RUN)
+
+test: check  ## the linters, then every test (real Kafka: set KAFKA_HOME or KAFKA_BOOTSTRAP)
+	$(PY) -m pytest
+
+check: $(VENV)/installed  ## ruff, mypy --strict and the layer contracts
+	$(VENV)/bin/ruff check streamgr tests
+	$(VENV)/bin/ruff format --check streamgr tests
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+format: $(VENV)/installed  ## put the code into its format
+	$(VENV)/bin/ruff check --fix streamgr tests
+	$(VENV)/bin/ruff format streamgr tests
+
+bench-replay: $(VENV)/installed  ## replay real logs through the real pipeline: exactness and prequential quality
+	$(PY) -m streamgr evaluate $(DATA)/deskdrop/events.csv.gz --mapping deskdrop
+	$(PY) -m streamgr evaluate $(DATA)/ebnerd_slice/events.csv.gz --mapping ebnerd
+
+clean:  ## remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist reports

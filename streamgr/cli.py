@@ -1,0 +1,278 @@
+"""The command line: reads the configuration, builds the objects, runs one thing.
+
+Nothing heavy is imported until a command needs it, so that `--help`, `health` and the stream side never load torch.
+"""
+
+import argparse
+import json
+import os
+import sys
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from streamgr import __version__
+from streamgr.config import Config, flatten, load
+from streamgr.errors import ConfigError, StreamgrError, UsageError
+
+Command = Callable[[argparse.Namespace, Config, dict[str, str]], int]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the result is the process's exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        files = [Path(p) for p in args.config or filter(None, [os.environ.get("STREAMGR_CONFIG")])]
+        flags = dict(_assignment(text) for text in args.set)
+        config, origin = load(files, flags=flags)
+        command: Command = args.command
+        return command(args, config, origin)
+    except StreamgrError as error:
+        print(f"streamgr: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:  # the reader of our output has gone: `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    path, equals, value = text.partition("=")
+    if not equals or "." not in path:
+        raise UsageError(f"--set wants section.key=value, got {text!r}")
+    return path.strip(), value.strip()
+
+
+# --- the roles -------------------------------------------------------------------------------------------------------
+
+
+def _role(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> int:
+    """One role in the foreground until SIGTERM, or up to the end of its input."""
+    from streamgr.clock import SystemClock
+    from streamgr.service import Stop
+    from streamgr.telemetry import Health, Log, Probes, announce
+
+    clock, stop = SystemClock(), Stop().on_signals()
+    log, health = Log(args.role, config.telemetry, clock), Health(args.role, clock)
+    announce(args.role)
+    log.info("starting", version=__version__, settings={k: flatten(config)[k] for k in origin})
+    probes = None if getattr(args, "until_end", False) else Probes(config.telemetry, health)
+    try:
+        if args.role == "sequencer":
+            from streamgr.sequence.sequencer import Sequencer
+
+            sequencer = Sequencer(config, clock, log, health, stop)
+            sequencer.run_until_end() if args.until_end else sequencer.run()
+        elif args.role == "trainer":
+            from streamgr.train.trainer import Trainer
+
+            trainer = Trainer(config, clock, log, health, stop)
+            trainer.run_until_end() if args.until_end else trainer.run()
+        else:
+            from streamgr.serve.scorer import Scorer
+
+            Scorer(config, clock, log, health, stop).run()
+    except StreamgrError as error:
+        log.error("stopped_by_error", str(error), exit_code=error.exit_code)
+        return error.exit_code
+    finally:
+        if probes:
+            probes.close()
+    log.info("stopped", "drained and left")
+    return 0
+
+
+def _health(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> int:
+    url = f"http://127.0.0.1:{config.telemetry.port}/livez"
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:
+            print(answer.read().decode())
+            return 0
+    except urllib.error.HTTPError as error:
+        print(error.read().decode(), file=sys.stderr)
+    except OSError as error:
+        print(f"no role answers on {url}: {error}", file=sys.stderr)
+    return 1
+
+
+def _demo(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> int:
+    from streamgr.lab import demo
+
+    return demo.run(config, origin, args)
+
+
+# --- topics, events, sequences, examples, weights --------------------------------------------------------------------
+
+
+def _topics(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> int:
+    from streamgr.kafka import topics
+
+    specs = topics.load_specs(topics.specs_path(), config.kafka.topic_prefix)
+    findings = (topics.apply if args.verb == "apply" else topics.check)(config.kafka, specs)
+    for finding in findings:
+        print(finding)
+    return ConfigError.exit_code if any(finding.level == "fail" for finding in findings) else 0
+
+
+def _produce(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> int:
+    from streamgr.lab import produce
+
+    return produce.run(config, args)
+
+
+def _sequences(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> int:
+    from streamgr.sequence import views
+
+    if args.verb == "export":
+        return _lines(views.export(Path(args.state or config.state.directory)))
+    if args.url:
+        return _lines([_get(f"{args.url.rstrip('/')}/v1/users/{urllib.parse.quote(args.user, safe='')}/sequence")])
+    sequence = views.show(Path(args.state or config.state.directory), args.user)
+    if sequence is None:
+        print(f"streamgr: no user {args.user!r} here", file=sys.stderr)
+        return 1
+    return _lines([sequence])
+
+
+def _examples(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> int:
+    from streamgr.sequence import views
+
+    return _lines(views.examples(config, limit=args.limit))
+
+
+def _weights(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> int:
+    from streamgr.clock import SystemClock
+    from streamgr.telemetry import Log
+    from streamgr.weights import views
+
+    log = Log("weights", config.telemetry, SystemClock())
+    if args.verb == "list":
+        return _lines(views.list_versions(config, log))
+    if args.verb == "show":
+        return _lines([views.show(config, log, args.version)])
+    verdict = views.verify(config, log, args.version)
+    _lines([verdict])
+    return 0 if verdict["ok"] else 65
+
+
+def _evaluate(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> int:
+    from streamgr.lab import evaluate
+
+    return evaluate.run(config, args)
+
+
+def _config(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> int:
+    if args.verb == "check":
+        print(f"ok: {len(origin)} keys set, the rest are defaults")
+        return 0
+    for path, value in flatten(config).items():
+        print(f"{path} = {json.dumps(value)}  # {origin.get(path, 'default')}")
+    return 0
+
+
+def _lines(rows: Iterable[object]) -> int:
+    for row in rows:
+        print(json.dumps(row, ensure_ascii=False))
+    return 0
+
+
+def _get(url: str) -> object:
+    if not url.startswith(("http://", "https://")):
+        raise UsageError(f"--url wants http(s)://HOST:PORT, got {url!r}")
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310 (checked above)
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        raise UsageError(f"{error.code}: {error.read().decode(errors='replace')}", where=url) from None
+    except OSError as error:
+        raise UsageError(f"no answer: {error}", where=url, remedy="is the scorer running?") from None
+
+
+# --- the parser ------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--config", action="append", metavar="FILE", help="TOML file(s); later ones win")
+    common.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="one key, wins over all"
+    )
+    parser = argparse.ArgumentParser(prog="streamgr", description="A streaming generative recommender.")
+    parser.add_argument("--version", action="version", version=f"streamgr {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, run: Command, help_: str, example: str, **defaults: object) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            parents=[common],
+            help=help_,
+            description=help_,
+            epilog=f"example: {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(command=run, **defaults)
+        return sub
+
+    demo = add("demo", _demo, "the whole system on one machine", "streamgr demo --seconds 60 --json")
+    demo.add_argument("--seconds", type=float, metavar="N", help="end by itself N seconds after the first event")
+    demo.add_argument("--bootstrap", metavar="HOST:PORT", help="use this broker instead of an embedded one")
+    demo.add_argument("--replay", metavar="FILE", help="feed this log instead of the simulator")
+    demo.add_argument("--mapping", default="", help="how to read the log's columns (see `produce`)")
+    demo.add_argument("--speed", type=float, default=0.0, help="replay: event-time speed-up, 0 = as fast as possible")
+    demo.add_argument("--json", action="store_true", help="the summary as one JSON object, last line of stdout")
+
+    for role, does in (
+        ("sequencer", "events into sequences and training examples"),
+        ("trainer", "examples into weights, without end"),
+        ("scorer", "weights and sequences into answers over HTTP"),
+    ):
+        sub = add(role, _role, f"the {role}: {does}", f"streamgr {role} --config my.toml", role=role)
+        if role != "scorer":
+            sub.add_argument("--until-end", action="store_true", help="work up to the end of the input and leave")
+
+    sub = add("topics", _topics, "compare or create the topics; never deletes", "streamgr topics apply")
+    sub.add_argument("verb", choices=["check", "apply"])
+
+    sub = add("produce", _produce, "publish events from a file", "streamgr produce log.csv.gz --close")
+    sub.add_argument("file", metavar="FILE", help="JSON lines or CSV, .gz too")
+    sub.add_argument("--mapping", default="", help="deskdrop, ebnerd, globo, movielens or events; default: by header")
+    sub.add_argument("--column", action="append", default=[], metavar="FIELD=COLUMN", help="own mapping")
+    sub.add_argument("--speed", type=float, default=0.0, help="event-time speed-up, 0 = as fast as possible")
+    sub.add_argument("--close", action="store_true", help="end with heartbeats that close every open label")
+    sub.add_argument("--skip-bad-rows", action="store_true", help="count rows that cannot be read instead of stopping")
+
+    sub = add("sequences", _sequences, "users' sequences as JSON", "streamgr sequences show u1 --state state")
+    verbs = sub.add_subparsers(dest="verb", required=True)
+    show = verbs.add_parser("show", help="one user's sequence, oldest first")
+    show.add_argument("user")
+    show.add_argument("--state", metavar="DIR", help="a state directory (default: state.directory)")
+    show.add_argument("--url", help="ask a running scorer instead")
+    export = verbs.add_parser("export", help="every user's sequence, a line each, sorted by user id")
+    export.add_argument("--state", metavar="DIR")
+
+    sub = add("examples", _examples, "the examples topic as JSON lines", "streamgr examples list --limit 10")
+    sub.add_argument("verb", choices=["list"])
+    sub.add_argument("--limit", type=int, default=0, help="stop after so many (0: all there are)")
+
+    sub = add("weights", _weights, "published weights", "streamgr weights list")
+    verbs = sub.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("list", help="the versions there are")
+    for verb, does in (("show", "one version's manifest"), ("verify", "read a version's bytes again and check them")):
+        one = verbs.add_parser(verb, help=does)
+        one.add_argument("version", type=int)
+
+    sub = add("evaluate", _evaluate, "replay a log and compare models, test-then-train", "streamgr evaluate log.csv.gz")
+    sub.add_argument("file", metavar="DATA")
+    sub.add_argument("--mapping", default="")
+    sub.add_argument("--bootstrap", metavar="HOST:PORT", help="use this broker instead of an embedded one")
+    sub.add_argument("--models", default="hstu,popularity,recency")
+    sub.add_argument("--json", action="store_true", help="the report as one JSON object, last line of stdout")
+
+    sub = add("config", _config, "effective values and where each came from", "streamgr config show")
+    sub.add_argument("verb", choices=["show", "check"])
+
+    add("health", _health, "exit 0 if the role on telemetry.port is live", "streamgr health")
+    return parser

@@ -1,0 +1,259 @@
+"""Configuration: one frozen tree of values, checked before anything starts.
+
+Defaults < profile or file (`--config`, TOML) < `STREAMGR_SECTION__KEY` variables < flags. An unknown key is an
+error that names its path. A string key can be given as a file with the suffix `_FILE` (secrets). All times are in
+seconds and all sizes in bytes, and say so in the key's name. `config/streamgr.toml` lists every key with its
+default; a test holds the two together.
+"""
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from streamgr.errors import ConfigError
+
+ENV_PREFIX = "STREAMGR_"
+SECRET = re.compile(r"password|secret|token$|jaas|ssl\.key\.pem", re.IGNORECASE)
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A frozen table of the configuration; unknown keys are refused."""
+
+
+class Kafka(Section, frozen=True):
+    bootstrap: str = "127.0.0.1:9092"
+    topic_prefix: str = "streamgr"  # topics <prefix>.events …, groups <prefix>-sequencer …
+    librdkafka: dict[str, str | int | float | bool] = {}  # passed through: security.protocol, sasl.*, ssl.*
+    sasl_password: str = ""
+
+
+class State(Section, frozen=True):
+    directory: str = "state"  # each role owns <directory>/<role>/
+    cache_bytes: int = 128 << 20
+    write_buffer_bytes: int = 32 << 20
+    sync_seconds: float = 1.0
+
+
+class Sequence(Section, frozen=True):
+    actions: tuple[str, ...] = ("click", "like")  # append-only: a kind's place in the list is its bit
+    attribution_window_seconds: float = 600.0
+    lateness_seconds: float = 60.0
+    close_step_seconds: float = 1.0
+    commit_interval_seconds: float = 0.2
+    history_length: int = 256
+    max_future_seconds: float = 60.0
+    max_step_seconds: float = 0.0  # 0: the watermark may jump; replays of old logs: 86400
+    heartbeat_seconds: float = 0.0  # 0: somebody else sends them, or nobody
+    cached_users: int = 20_000
+
+    def __post_init__(self) -> None:
+        if not self.actions or len(self.actions) > 30 or len(set(self.actions)) != len(self.actions):
+            raise ValueError("`actions` must be 1 to 30 different kinds")
+        if reserved := {"impression", "profile", "heartbeat"} & set(self.actions):
+            raise ValueError(f"`actions` may not contain the reserved {sorted(reserved)}")
+        if self.history_length < 1 or self.close_step_seconds <= 0 or self.attribution_window_seconds <= 0:
+            raise ValueError("`history_length`, `close_step_seconds`, `attribution_window_seconds` must be positive")
+
+
+class Model(Section, frozen=True):
+    dim: int = 64
+    layers: int = 2
+    heads: int = 2
+    scaling_seqlen: int = 256  # the constant N of the paper's 1/N; stored with the weights
+    position_buckets: int = 512
+    time_buckets: int = 64
+    negatives: int = 128
+    temperature: float = 0.05
+    retrieval_weight: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.dim % self.heads:
+            raise ValueError(f"`dim` {self.dim} is not a multiple of `heads` {self.heads}")
+
+
+class Table(Section, frozen=True):
+    slots: int = 65_536
+    bucket_width: int = 32
+    fallback_rows: int = 1_024
+    ttl_seconds: float = 30 * 86_400.0
+    half_life_seconds: float = 0.0  # eviction: towards 0 is LRU, large is LFU; 0 means ttl / 4
+    admit_min: int = 1
+
+    def __post_init__(self) -> None:
+        if self.slots % self.bucket_width or (self.slots // self.bucket_width) & (self.slots // self.bucket_width - 1):
+            raise ValueError("`slots` must be `bucket_width` times a power of two")
+        if self.fallback_rows < 2 or self.fallback_rows % 2:
+            raise ValueError("`fallback_rows` must be even and at least 2")
+
+
+class Trainer(Section, frozen=True):
+    device: str = "cpu"
+    seed: int = 1
+    threads: int = 0  # torch threads; 0: torch's own choice
+    batch_tokens: int = 16_384
+    publish_seconds: float = 2.0
+    checkpoint_seconds: float = 60.0
+    max_skew_seconds: float = 60.0
+    dense_learning_rate: float = 2e-3
+    weight_decay: float = 0.0
+    table_learning_rate: float = 0.05
+    gradient_clip: float = 5.0
+    window_targets: int = 5_000  # prequential: the sliding window
+    fade_targets: float = 2_000.0  # prequential: half-life of the faded figures
+    prequential_log: str = ""  # a file: one JSON line a target, for reports
+
+
+class Weights(Section, frozen=True):
+    snapshot_every: int = 60  # versions; sooner when the deltas outweigh the snapshot
+    chunk_bytes: int = 512 << 10
+    retention_bytes: int = 1 << 30  # what the weights topic holds at least; a snapshot must stay below a quarter
+
+
+class Scorer(Section, frozen=True):
+    host: str = "127.0.0.1"
+    port: int = 8080
+    task_weights: dict[str, float] = {}  # empty: every task counts 1
+    clock: str = "wall"  # or "event": replays
+    threads: int = 1
+    max_queue: int = 64
+    score_sample: float = 0.0  # share of answers written to <prefix>.scores
+
+    def __post_init__(self) -> None:
+        if self.clock not in ("wall", "event"):
+            raise ValueError("`clock` must be 'wall' or 'event'")
+
+
+class Telemetry(Section, frozen=True):
+    host: str = "127.0.0.1"
+    port: int = 9464  # 0: a free one
+    log_level: str = "info"
+    log_format: str = "json"
+
+
+class Feed(Section, frozen=True):
+    rate: float = 400.0  # events per second
+    users: int = 400
+    seed: int = 1
+    slate: int = 10
+    item_life_seconds: tuple[float, float] = (20.0, 60.0)
+    live_items: int = 120
+    act_within_seconds: float = 1.2
+    heartbeat_seconds: float = 0.2
+
+
+class Config(Section, frozen=True):
+    """The whole tree; `load` is the only way in."""
+
+    kafka: Kafka = Kafka()
+    state: State = State()
+    sequence: Sequence = Sequence()
+    model: Model = Model()
+    table: Table = Table()
+    trainer: Trainer = Trainer()
+    weights: Weights = Weights()
+    scorer: Scorer = Scorer()
+    telemetry: Telemetry = Telemetry()
+    feed: Feed = Feed()
+
+    def topic(self, name: str) -> str:
+        """The full name of one of our topics: `events`, `examples`, …"""
+        return f"{self.kafka.topic_prefix}.{name}"
+
+    def group(self, role: str) -> str:
+        """The consumer group of a role."""
+        return f"{self.kafka.topic_prefix}-{role}"
+
+    def role_directory(self, role: str) -> Path:
+        """Where a role keeps its state: `<state.directory>/<role>`."""
+        return Path(self.state.directory) / role
+
+
+def load(
+    files: list[Path] | None = None,
+    environ: Mapping[str, str] | None = None,
+    flags: Mapping[str, str] | None = None,
+) -> tuple[Config, dict[str, str]]:
+    """The effective configuration, and for each key that is not a default, where it came from.
+
+    `files` are merged in order; `flags` maps `section.key` to text. Raises `ConfigError` naming the key's path.
+    """
+    environ = os.environ if environ is None else environ
+    tree: dict[str, dict[str, Any]] = {}
+    origin: dict[str, str] = {}
+    for path in files or []:
+        for section, values in _read(path).items():
+            if not isinstance(values, dict):
+                raise ConfigError(f"`{section}` is not a table", where=str(path), remedy="keys live in [sections]")
+            for key, value in values.items():
+                tree.setdefault(section, {})[key] = value
+                origin[f"{section}.{key}"] = str(path)
+    for name, text in environ.items():
+        if name.startswith(ENV_PREFIX) and "__" in name:
+            section, key = (part.lower() for part in name.removeprefix(ENV_PREFIX).split("__", 1))
+            if key.endswith("_file") and key not in _fields(section):
+                key, text = key.removesuffix("_file"), _secret(name, text)
+            _set(tree, origin, f"{section}.{key}", text, f"${name}")
+    for flag, text in (flags or {}).items():
+        _set(tree, origin, flag, text, f"--{flag}")
+    try:
+        return msgspec.convert(tree, Config), origin
+    except msgspec.ValidationError as error:
+        at = re.search(r"at `\$\.?([\w.]*)", str(error))
+        unknown = re.search(r"unknown field `([^`]+)`", str(error))
+        at_key = ".".join(match.group(1) for match in (at, unknown) if match and match.group(1))
+        source = next((s for k, s in origin.items() if at_key and f"{k}.".startswith(f"{at_key}.")), "configuration")
+        raise ConfigError(str(error), where=source, remedy="see config/streamgr.toml for every key") from None
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Every `section.key` with its value, secrets masked: what `config show` prints."""
+    flat = {}
+    for section in config.__struct_fields__:
+        for key, value in msgspec.to_builtins(getattr(config, section)).items():
+            path = f"{section}.{key}"
+            if isinstance(value, dict):
+                value = {k: "***" if SECRET.search(k) else v for k, v in value.items()}
+            flat[path] = "***" if value and SECRET.search(key) else value
+    return flat
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the file: {error.strerror}", where=str(path)) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"not valid TOML: {error}", where=str(path)) from None
+
+
+def _secret(name: str, path: str) -> str:
+    try:
+        return Path(path).read_text().rstrip("\n")
+    except OSError as error:
+        raise ConfigError(f"cannot read the secret file {path}: {error.strerror}", where=f"${name}") from None
+
+
+def _fields(section: str) -> tuple[str, ...]:
+    table = getattr(Config(), section, None)
+    return table.__struct_fields__ if isinstance(table, Section) else ()
+
+
+def _set(tree: dict[str, dict[str, Any]], origin: dict[str, str], path: str, text: str, source: str) -> None:
+    """Put a value given as text into the tree, read as TOML unless its key holds a string."""
+    section, _, key = path.partition(".")
+    default = getattr(getattr(Config(), section, None), key, None)
+    value: Any = text
+    if not isinstance(default, str):
+        try:
+            value = tomllib.loads(f"v = {text}")["v"]
+        except tomllib.TOMLDecodeError:
+            value = text  # msgspec names the wanted type
+    if isinstance(default, float) and isinstance(value, int):
+        value = float(value)
+    tree.setdefault(section, {})[key] = value
+    origin[path] = source

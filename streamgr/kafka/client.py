@@ -1,0 +1,188 @@
+"""What every Kafka client here shares: its settings, what it says aloud, and how its errors read.
+
+Operators pass librdkafka's own settings through (`[kafka.librdkafka]`); librdkafka validates their names. What the
+exactness of the system rests on is ours and refused: where a consumer starts (never `auto.offset.reset`), who
+commits, idempotence, acknowledgements. A broker that is away is not an error of a running role: librdkafka retries for
+ever, we count each complaint and log it at most once a minute. No secret ever enters a message.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+
+from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka.admin import AdminClient, ClusterMetadata
+
+from streamgr.clock import SystemClock
+from streamgr.config import SECRET, Kafka
+from streamgr.errors import BrokerUnreachable, ConfigError, StreamgrError
+from streamgr.service import Stop
+from streamgr.telemetry import Log, counter
+
+KAFKA_ERRORS = counter("kafka_errors", "Complaints of a Kafka client, retried or not.", ("client",))
+for _client in ("consumer", "producer", "admin"):
+    KAFKA_ERRORS.labels(_client)  # 0 is a value too
+
+OURS = frozenset(
+    "bootstrap.servers metadata.broker.list client.id group.id group.instance.id group.protocol group.remote.assignor "
+    "partition.assignment.strategy session.timeout.ms heartbeat.interval.ms auto.offset.reset enable.auto.commit "
+    "enable.auto.offset.store auto.commit.interval.ms enable.partition.eof allow.auto.create.topics isolation.level "
+    "enable.idempotence enable.gapless.guarantee transactional.id acks request.required.acks retries "
+    "message.send.max.retries max.in.flight max.in.flight.requests.per.connection message.timeout.ms "
+    "delivery.timeout.ms partitioner message.max.bytes error_cb logger stats_cb on_delivery log.queue".split()
+)
+SAY_AGAIN_SECONDS = 60.0
+ASK_SECONDS = 5.0  # one question to the broker; asked again while the caller may wait
+
+_AWAY = frozenset(
+    (
+        KafkaError._TRANSPORT,
+        KafkaError._TIMED_OUT,
+        KafkaError._ALL_BROKERS_DOWN,
+        KafkaError._RESOLVE,
+        KafkaError._AUTHENTICATION,
+        KafkaError._SSL,
+        KafkaError._WAIT_COORD,
+        KafkaError._TIMED_OUT_QUEUE,
+        KafkaError.LEADER_NOT_AVAILABLE,
+        KafkaError.NOT_LEADER_FOR_PARTITION,
+        KafkaError.BROKER_NOT_AVAILABLE,
+        KafkaError.REQUEST_TIMED_OUT,
+    )
+)
+DENIED = frozenset(
+    (
+        KafkaError.TOPIC_AUTHORIZATION_FAILED,
+        KafkaError.GROUP_AUTHORIZATION_FAILED,
+        KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+    )
+)
+MISSING = frozenset((KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION))
+
+Setting = str | int | float | bool | Callable[..., None] | logging.Logger
+
+
+class Voice:
+    """How a client speaks: counts every complaint, logs the same kind once a minute, hides secrets."""
+
+    def __init__(self, client: str, settings: Kafka, log: Log | None) -> None:
+        self._client, self._log = client, log
+        self._clock = SystemClock()
+        self._secrets = [str(v) for k, v in settings.librdkafka.items() if SECRET.search(k)] + [settings.sasl_password]
+        self._said: dict[str, tuple[float, int]] = {}
+
+    def clean(self, text: object) -> str:
+        """The text without any secret of the settings."""
+        words = str(text)
+        for secret in self._secrets:
+            words = words.replace(secret, "***") if secret else words
+        return words
+
+    def complain(self, error: KafkaError) -> None:
+        """An error that librdkafka retries by itself."""
+        KAFKA_ERRORS.labels(self._client).inc()
+        name, now = error.name(), self._clock.monotonic()
+        last, held_back = self._said.get(name, (-SAY_AGAIN_SECONDS, 0))
+        if now - last < SAY_AGAIN_SECONDS:
+            self._said[name] = (last, held_back + 1)
+            return
+        self._said[name] = (now, 0)
+        if self._log is not None:
+            self._log.warning("kafka_error", self.clean(error.str()), client=self._client, error=name, more=held_back)
+
+    def librdkafka_logger(self) -> logging.Logger:
+        """Where librdkafka's own lines go: to our log at debug time only; its errors reach `complain` anyway."""
+        logger = logging.Logger("librdkafka", logging.WARNING)
+        logger.addHandler(logging.NullHandler())
+        return logger
+
+
+def librdkafka_settings(settings: Kafka, client_id: str, voice: Voice, **ours: Setting) -> dict[str, Setting]:
+    """The whole configuration of one client: the operator's passthrough under ours.
+
+    Raises `ConfigError` where the passthrough touches what is ours.
+    """
+    if refused := sorted(OURS & settings.librdkafka.keys()):
+        raise ConfigError(
+            f"{', '.join(f'`{name}`' for name in refused)}: not for you to set",
+            where="kafka.librdkafka",
+            remedy="remove it; streamgr's exactness rests on its own value (the broker's address is kafka.bootstrap)",
+        )
+    conf: dict[str, Setting] = {"reconnect.backoff.max.ms": 2_000, "log.connection.close": False}
+    conf |= settings.librdkafka
+    if settings.sasl_password:
+        conf["sasl.password"] = settings.sasl_password
+    conf |= {name.replace("_", "."): value for name, value in ours.items()}
+    return conf | {
+        "bootstrap.servers": settings.bootstrap,
+        "client.id": f"{client_id}-{os.getpid()}",
+        "error_cb": voice.complain,
+        "logger": voice.librdkafka_logger(),
+    }
+
+
+def refused(error: KafkaException, voice: Voice) -> ConfigError:
+    """librdkafka would not take the configuration."""
+    return ConfigError(
+        voice.clean(error.args[0].str()), where="kafka.librdkafka", remedy="see librdkafka's CONFIGURATION.md"
+    )
+
+
+def translate(error: KafkaError, voice: Voice, where: str, settings: Kafka) -> StreamgrError:
+    """An error that ends the work, with its remedy."""
+    text = voice.clean(error.str())
+    if error.code() in MISSING:
+        return ConfigError(f"the topic does not exist: {text}", where=where, remedy="streamgr topics apply")
+    if error.code() in DENIED:
+        return ConfigError(text, where=where, remedy="grant this principal the access in the README's table of ACLs")
+    if error.code() in _AWAY:
+        return BrokerUnreachable(
+            text, where=where, remedy=f"check kafka.bootstrap ({settings.bootstrap}) and the security settings"
+        )
+    return StreamgrError(f"{error.name()}: {text}", where=where, remedy="see the broker's log")
+
+
+def ask[T](
+    question: Callable[[float], T],
+    *,
+    voice: Voice,
+    settings: Kafka,
+    where: str,
+    stop: Stop | None = None,
+    wait_seconds: float | None = None,
+) -> T:
+    """Ask the broker, and ask again while it is away: for ever, or for `wait_seconds`, or until told to stop."""
+    clock = SystemClock()
+    end = None if wait_seconds is None else clock.monotonic() + wait_seconds
+    while True:
+        left = ASK_SECONDS if end is None else max(0.1, min(ASK_SECONDS, end - clock.monotonic()))
+        try:
+            return question(left)
+        except KafkaException as raised:
+            error: KafkaError = raised.args[0]
+            problem = translate(error, voice, where, settings)
+            if not isinstance(problem, BrokerUnreachable):
+                raise problem from None
+            voice.complain(error)
+            if stop or (end is not None and clock.monotonic() >= end):
+                raise problem from None
+        (stop or Stop()).wait(0.2)
+
+
+class Admin:
+    """One admin client, kept alive as long as its futures; bounded questions only."""
+
+    def __init__(self, settings: Kafka, *, client_id: str = "streamgr-topics", log: Log | None = None) -> None:
+        self.settings, self.voice = settings, Voice("admin", settings, log)
+        try:
+            self.client = AdminClient(librdkafka_settings(settings, client_id, self.voice))
+        except KafkaException as error:
+            raise refused(error, self.voice) from None
+
+    def ask[T](self, where: str, question: Callable[[float], T], wait_seconds: float = 15.0) -> T:
+        return ask(question, voice=self.voice, settings=self.settings, where=where, wait_seconds=wait_seconds)
+
+    def metadata(self, wait_seconds: float = 15.0) -> ClusterMetadata:
+        """The cluster and its topics. Raises `BrokerUnreachable` after `wait_seconds`."""
+        question = lambda seconds: self.client.list_topics(timeout=seconds)  # noqa: E731
+        return self.ask(self.settings.bootstrap, question, wait_seconds)

@@ -1,0 +1,274 @@
+"""The one way records come in: an exact position in, batches of records out.
+
+Progress is the caller's (its store, its checkpoint): a consumer starts at the positions it is given, never at one that
+Kafka remembers and never at "earliest" or "latest". Positions are handed to librdkafka inside the assignment (not by
+seek), so nothing can be fetched from elsewhere in between. Where the log no longer holds a position, that is an error
+with a name, not a jump. A broker that is away is waited for.
+
+Not thread safe: one thread polls, and the rebalance callbacks run inside its `poll` and `close`. They must end well
+under `max.poll.interval.ms` (300 s).
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import confluent_kafka
+from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
+
+from streamgr.clock import SystemClock
+from streamgr.config import Kafka
+from streamgr.errors import ConfigError, DataError, RetentionPassed, StreamgrError
+from streamgr.events import Record
+from streamgr.kafka.client import DENIED, Voice, ask, librdkafka_settings, refused, translate
+from streamgr.service import Stop
+from streamgr.telemetry import Log, counter, gauge
+
+LAG = gauge("consumer_lag_records", "Records between the position and the end, all partitions.", ("topic",))
+POSITION_TIME = gauge(
+    "consumer_position_timestamp_seconds", "Append time at the position, the oldest of the partitions.", ("topic",)
+)
+STRAYS = counter("consumer_stray_records", "Records of partitions not owned, dropped unread (read again by their owner).")
+REBALANCES = counter("consumer_rebalances", "Changes of the assignment by the group.", ("kind",))
+for _kind in ("assign", "revoke", "lost"):
+    REBALANCES.labels(_kind)
+
+GAUGE_SECONDS = 1.0
+Partition = tuple[str, int]
+
+
+class Consumer:
+    """Reads topics from exact positions; one poll thread."""
+
+    def __init__(
+        self, settings: Kafka, *, client_id: str, group: str = "", log: Log | None = None, stop: Stop | None = None
+    ) -> None:
+        """`group` only for `subscribe` and `commit`. `stop` ends a wait for a broker that is away.
+
+        Raises `ConfigError` where librdkafka refuses the settings.
+        """
+        self._settings, self._group, self._log, self._stop = settings, group, log, stop
+        self._voice = Voice("consumer", settings, log)
+        self._clock = SystemClock()
+        self._positions: dict[Partition, int] = {}  # the next offset of each owned partition
+        self._append_ms: dict[Partition, int] = {}
+        self._gauged = 0.0
+        self._closed = False
+        try:
+            self._consumer = confluent_kafka.Consumer(
+                librdkafka_settings(
+                    settings,
+                    client_id,
+                    self._voice,
+                    group_id=group or client_id,
+                    auto_offset_reset="error",
+                    enable_auto_commit=False,
+                    enable_auto_offset_store=False,
+                    enable_partition_eof=False,
+                    partition_assignment_strategy="cooperative-sticky",
+                    session_timeout_ms=10_000,
+                    heartbeat_interval_ms=2_000,
+                    isolation_level="read_committed",
+                    on_commit=self._committed,
+                )
+                | {name: settings.librdkafka.get(name, value) for name, value in _FETCH.items()}
+            )
+        except KafkaException as error:
+            raise refused(error, self._voice) from None
+
+    def partitions(self, topic: str, *, wait_seconds: float | None = None) -> list[int]:
+        """The topic's partitions, sorted.
+
+        Waits out a broker that is away (at most `wait_seconds`: `BrokerUnreachable`). Raises `ConfigError` where the
+        topic does not exist.
+        """
+
+        def question(seconds: float) -> list[int]:
+            found = self._consumer.list_topics(topic, timeout=seconds).topics[topic]
+            if found.error is not None:
+                raise KafkaException(found.error)
+            return sorted(found.partitions)
+
+        return self._ask(topic, question, wait_seconds)
+
+    def bounds(self, topic: str, partition: int, *, wait_seconds: float | None = None) -> tuple[int, int]:
+        """The first offset held and the end offset (that of the next record), as the broker has them now."""
+
+        def question(seconds: float) -> tuple[int, int]:
+            low, high = self._consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=seconds)
+            return low, high
+
+        return self._ask(f"{topic}[{partition}]", question, wait_seconds)
+
+    def assign(self, positions: Mapping[Partition, int]) -> None:
+        """Read exactly these partitions from exactly these offsets; replaces the assignment, resumes what was paused."""
+        self._positions = dict(positions)
+        self._append_ms.clear()
+        self._consumer.assign(_at(positions))
+
+    def subscribe(
+        self,
+        topic: str,
+        on_assign: Callable[[list[int]], Mapping[int, int]],
+        on_revoke: Callable[[list[int]], None],
+        on_lost: Callable[[list[int]], None],
+    ) -> None:
+        """Share the topic with the group, partition by partition (cooperative).
+
+        `on_assign` opens the added partitions and returns the offset of each; `on_revoke` commits and closes; `on_lost`
+        only closes: another member may own them already. An error they raise comes out of `poll` or `close`.
+        """
+
+        def assigned(_: object, added: list[TopicPartition]) -> None:
+            REBALANCES.labels("assign").inc()
+            start = on_assign(_numbers(added)) if added else {}
+            positions = {(topic, p): start[p] for p in _numbers(added)}
+            self._positions |= positions
+            self._consumer.incremental_assign(_at(positions))
+
+        def gone(kind: str, close: Callable[[list[int]], None], removed: list[TopicPartition]) -> None:
+            REBALANCES.labels(kind).inc()
+            for partition in _numbers(removed):  # nothing of it is handed out any more, whatever `close` does
+                self._positions.pop((topic, partition), None)
+                self._append_ms.pop((topic, partition), None)
+            if removed:
+                close(_numbers(removed))
+            self._consumer.incremental_unassign(removed)
+
+        self._consumer.subscribe(
+            [topic],
+            on_assign=assigned,
+            on_revoke=lambda _, removed: gone("revoke", on_revoke, removed),
+            on_lost=lambda _, removed: gone("lost", on_lost, removed),
+        )
+
+    def poll(self, max_records: int = 1000, timeout: float = 0.05) -> list[Record]:
+        """The next records, in order within each partition; empty after `timeout` seconds without any.
+
+        Returns with what is there as soon as there is any: `timeout` is no added latency. Raises `RetentionPassed`
+        where the log no longer holds a position, `DataError` where it ends before one, `ConfigError` where access is
+        denied; what passes by itself is counted and retried.
+        """
+        first = self._consumer.poll(timeout)
+        if first is None:
+            self._gauge()
+            return []
+        messages = [first, *self._consumer.consume(max_records - 1, 0)] if max_records > 1 else [first]
+        records: list[Record] = []
+        for message in messages:
+            if message.error() is not None:
+                self._heed(message)
+                continue
+            owner = (topic, partition) = (message.topic(), message.partition())
+            offset: int = message.offset()
+            if owner not in self._positions:
+                STRAYS.inc()
+                continue
+            append_ms: int = message.timestamp()[1]
+            self._positions[owner] = offset + 1
+            self._append_ms[owner] = append_ms
+            records.append(Record(topic, partition, offset, message.key(), message.value(), append_ms))
+        self._gauge()
+        return records
+
+    def pause(self, topic: str, partitions: Iterable[int]) -> None:
+        """Stop fetching these; what was fetched and not yet polled is fetched again on `resume`."""
+        self._consumer.pause([TopicPartition(topic, p) for p in partitions])
+
+    def resume(self, topic: str, partitions: Iterable[int]) -> None:
+        self._consumer.resume([TopicPartition(topic, p) for p in partitions])
+
+    def commit(self, positions: Mapping[Partition, int]) -> None:
+        """Tell the group where we are, for lag tools only; asynchronous, never read back. Nothing without a group."""
+        if not self._group or not positions:
+            return
+        try:
+            self._consumer.commit(offsets=_at(positions), asynchronous=True)
+        except KafkaException as error:  # the next commit says the same, later
+            self._voice.complain(error.args[0])
+
+    def lag(self) -> dict[Partition, int]:
+        """Records between position and end of each owned partition, as last fetched (no question to the broker).
+
+        A partition of which nothing has been fetched yet is left out.
+        """
+        found = {}
+        for (topic, partition), position in self._positions.items():
+            try:
+                _, high = self._consumer.get_watermark_offsets(TopicPartition(topic, partition), cached=True)
+            except KafkaException:  # no metadata of it yet
+                continue
+            if high >= 0:
+                found[topic, partition] = max(0, high - position)
+        return found
+
+    def close(self) -> None:
+        """Leave the group (revoking what is owned) and let go of the connections; again is harmless."""
+        if not self._closed:
+            self._closed = True
+            self._consumer.close()
+
+    def _heed(self, message: Message) -> None:
+        """An error in place of a record: raise what ends the work, count the rest."""
+        error: KafkaError = message.error()
+        topic, partition = message.topic(), message.partition()
+        where = f"{topic}[{partition}]@{message.offset()}" if topic and partition is not None else topic or "consumer"
+        if error.code() == KafkaError._AUTO_OFFSET_RESET and (topic, partition) in self._positions:
+            raise self._out_of_range(topic, partition)
+        if error.fatal() or error.code() in DENIED:
+            raise translate(error, self._voice, where, self._settings)
+        self._voice.complain(error)
+
+    def _out_of_range(self, topic: str, partition: int) -> StreamgrError:
+        position = self._positions[topic, partition]
+        low, high = self.bounds(topic, partition)
+        where = f"{topic}[{partition}]@{position}"
+        if position < low:
+            return RetentionPassed(
+                f"the log starts at {low}: retention has overtaken us by {low - position} records",
+                where=where,
+                remedy="restore a state snapshot, or rebuild with --accept-loss; then raise the topic's retention.ms",
+            )
+        return DataError(
+            f"the log ends at {high}: the topic was recreated or truncated",
+            where=where,
+            remedy="restore the topic, or remove the state that was built from the old one",
+        )
+
+    def _committed(self, error: KafkaError | None, _: list[TopicPartition]) -> None:
+        if error is not None:
+            self._voice.complain(error)
+
+    def _gauge(self) -> None:
+        """Once a second: lag and position time of each topic."""
+        now = self._clock.monotonic()
+        if now - self._gauged < GAUGE_SECONDS:
+            return
+        self._gauged = now
+        lags = self.lag()
+        for topic in {topic for topic, _ in self._positions}:
+            LAG.labels(topic).set(sum(records for (t, _), records in lags.items() if t == topic))
+            if times := [ms for (t, _), ms in self._append_ms.items() if t == topic]:
+                POSITION_TIME.labels(topic).set(min(times) / 1000)
+
+    def _ask[T](self, where: str, question: Callable[[float], T], wait_seconds: float | None) -> T:
+        return ask(
+            question,
+            voice=self._voice,
+            settings=self._settings,
+            where=where,
+            stop=self._stop,
+            wait_seconds=wait_seconds,
+        )
+
+
+_FETCH = {"fetch.wait.max.ms": 50, "fetch.min.bytes": 1, "queued.max.messages.kbytes": 65_536}
+
+
+def _at(positions: Mapping[Partition, int]) -> list[TopicPartition]:
+    for (topic, partition), offset in positions.items():
+        if offset < 0:
+            raise ConfigError(f"{offset} is not an offset", where=f"{topic}[{partition}]")
+    return [TopicPartition(topic, partition, offset) for (topic, partition), offset in positions.items()]
+
+
+def _numbers(partitions: list[TopicPartition]) -> list[int]:
+    return sorted(tp.partition for tp in partitions)

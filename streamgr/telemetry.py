@@ -1,0 +1,158 @@
+"""What a role tells its operator: JSON logs with stable event names, metrics, and the probes.
+
+Metrics are declared in the file that moves them, through `counter`, `gauge` and `histogram`, so a name exists once.
+Freshness histograms share `FRESHNESS_BUCKETS`; the service-level threshold must be a bucket's edge.
+"""
+
+import json
+import logging
+import sys
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from streamgr import __version__
+from streamgr.clock import Clock
+from streamgr.config import Telemetry
+from streamgr.errors import ConfigError
+
+FRESHNESS_BUCKETS = (0.25, 0.5, 1, 2, 3, 5, 8, 10, 15, 30, 60, 120, 300, 600, 1800, 3600)
+DURATION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+
+
+def counter(name: str, help_: str, labels: tuple[str, ...] = ()) -> Counter:
+    """A counter `streamgr_<name>_total`."""
+    return Counter(f"streamgr_{name}", help_, labels)
+
+
+def gauge(name: str, help_: str, labels: tuple[str, ...] = ()) -> Gauge:
+    """A gauge `streamgr_<name>`."""
+    return Gauge(f"streamgr_{name}", help_, labels)
+
+
+def histogram(
+    name: str, help_: str, labels: tuple[str, ...] = (), buckets: tuple[float, ...] = FRESHNESS_BUCKETS
+) -> Histogram:
+    """A histogram `streamgr_<name>`."""
+    return Histogram(f"streamgr_{name}", help_, labels, buckets=buckets)
+
+
+BUILD = gauge("build_info", "Always 1; the labels tell what runs.", ("version", "role"))
+LOG_LINES = counter("log_lines", "Log lines written.", ("level",))
+READY = gauge("ready", "1 when the role does its work, 0 while it starts, restores or drains.", ("role",))
+
+
+class Log:
+    """One JSON object a line (or text at a terminal); `event` is a stable name a runbook can look for."""
+
+    def __init__(self, role: str, settings: Telemetry, clock: Clock) -> None:
+        self.role, self._clock, self._json = role, clock, settings.log_format == "json"
+        self._threshold = logging.getLevelNamesMapping().get(settings.log_level.upper(), logging.INFO)
+        self._lock = threading.Lock()
+
+    def info(self, event: str, message: str = "", **facts: object) -> None:
+        self._write("info", event, message, facts)
+
+    def warning(self, event: str, message: str = "", **facts: object) -> None:
+        self._write("warning", event, message, facts)
+
+    def error(self, event: str, message: str = "", **facts: object) -> None:
+        self._write("error", event, message, facts)
+
+    def _write(self, level: str, event: str, message: str, facts: dict[str, object]) -> None:
+        LOG_LINES.labels(level).inc()
+        if logging.getLevelNamesMapping()[level.upper()] < self._threshold:
+            return
+        if self._json:
+            head = {"ts": self._clock.now_ms(), "level": level, "role": self.role, "event": event, "msg": message}
+            line = json.dumps(head | facts, default=str)
+        else:
+            tail = " ".join(f"{k}={v}" for k, v in facts.items())
+            line = f"{level:7} {self.role} {event}: {message} {tail}".rstrip()
+        with self._lock:
+            print(line, file=sys.stderr, flush=True)
+
+
+class Health:
+    """The conditions of a role. Live: its loop turned lately. Ready: every named condition holds."""
+
+    STALL_SECONDS = 30.0
+
+    def __init__(self, role: str, clock: Clock, *conditions: str) -> None:
+        self._role, self._clock = role, clock
+        self._conditions: dict[str, str] = dict.fromkeys(conditions, "starting")
+        self._turned = clock.monotonic()
+        READY.labels(role).set(0)
+
+    def turned(self) -> None:
+        """The role's loop has turned once more."""
+        self._turned = self._clock.monotonic()
+
+    def hold(self, condition: str, why_not: str = "") -> None:
+        """Set a condition: it holds when `why_not` is empty."""
+        self._conditions[condition] = why_not
+        READY.labels(self._role).set(0 if any(self._conditions.values()) else 1)
+
+    def live(self) -> tuple[bool, dict[str, object]]:
+        stalled = self._clock.monotonic() - self._turned
+        return stalled < self.STALL_SECONDS, {
+            "live": stalled < self.STALL_SECONDS,
+            "stalled_seconds": round(stalled, 1),
+        }
+
+    def ready(self) -> tuple[bool, dict[str, object]]:
+        return not any(self._conditions.values()), {k: v or "ok" for k, v in self._conditions.items()}
+
+
+class Probes:
+    """`/livez`, `/readyz` and `/metrics` on `telemetry.port`, from a daemon thread."""
+
+    def __init__(self, settings: Telemetry, health: Health) -> None:
+        routes: dict[str, Callable[[], tuple[bool, dict[str, object]]]] = {
+            "/livez": health.live,
+            "/readyz": health.ready,
+        }
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                if self.path == "/metrics":
+                    self._answer(200, CONTENT_TYPE_LATEST, generate_latest(REGISTRY))
+                elif route := routes.get(self.path):
+                    good, body = route()
+                    self._answer(200 if good else 503, "application/json", json.dumps(body).encode())
+                else:
+                    self._answer(404, "text/plain", b"/livez /readyz /metrics\n")
+
+            def _answer(self, status: int, kind: str, body: bytes) -> None:
+                self.send_response(status)
+                self.send_header("Content-Type", kind)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Probes are not news."""
+
+        try:
+            self._server = ThreadingHTTPServer((settings.host, settings.port), Handler)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {settings.host}:{settings.port}: {error.strerror}",
+                where="telemetry.port",
+                remedy="choose a free port (STREAMGR_TELEMETRY__PORT), 0 for any",
+            ) from None
+        self._server.daemon_threads = True
+        self.port = int(self._server.server_address[1])
+        threading.Thread(target=self._server.serve_forever, name="probes", daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def announce(role: str) -> None:
+    """Export what runs here."""
+    BUILD.labels(__version__, role).set(1)
