@@ -106,6 +106,7 @@ class Trainer(Section, frozen=True):
     window_targets: int = 5_000  # prequential: the sliding window
     fade_targets: float = 2_000.0  # prequential: half-life of the faded figures
     prequential_log: str = ""  # a file: one JSON line a target, for reports
+    accept_loss: bool = False  # go on over examples that are gone (counted); for one start, then false again
 
 
 class Weights(Section, frozen=True):
@@ -144,6 +145,10 @@ class Feed(Section, frozen=True):
     live_items: int = 120
     act_within_seconds: float = 1.2
     heartbeat_seconds: float = 0.2
+    candidates: int = 40  # of the live items, so many are offered to the scorer for a ranking
+    explore: float = 0.25  # the share of places that are given to a random candidate instead of the best
+    rank_timeout_seconds: float = 0.25  # a slower answer is not waited for: a random order is shown
+    max_model_age_seconds: float = 20.0  # served weights older than this: the feed waits for the trainer
 
 
 class Config(Section, frozen=True):

@@ -8,12 +8,14 @@ ever, we count each complaint and log it at most once a minute. No secret ever e
 
 import logging
 import os
+import socket
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 from confluent_kafka import KafkaError, KafkaException
-from confluent_kafka.admin import AdminClient, ClusterMetadata
+from confluent_kafka.admin import AdminClient, ClusterMetadata  # type: ignore[attr-defined]
 
-from streamgr.clock import SystemClock
+from streamgr.clock import Clock, SystemClock
 from streamgr.config import SECRET, Kafka
 from streamgr.errors import BrokerUnreachable, ConfigError, StreamgrError
 from streamgr.service import Stop
@@ -24,15 +26,20 @@ for _client in ("consumer", "producer", "admin"):
     KAFKA_ERRORS.labels(_client)  # 0 is a value too
 
 OURS = frozenset(
-    "bootstrap.servers metadata.broker.list client.id group.id group.instance.id group.protocol group.remote.assignor "
-    "partition.assignment.strategy session.timeout.ms heartbeat.interval.ms auto.offset.reset enable.auto.commit "
-    "enable.auto.offset.store auto.commit.interval.ms enable.partition.eof allow.auto.create.topics isolation.level "
-    "enable.idempotence enable.gapless.guarantee transactional.id acks request.required.acks retries "
-    "message.send.max.retries max.in.flight max.in.flight.requests.per.connection message.timeout.ms "
-    "delivery.timeout.ms partitioner message.max.bytes error_cb logger stats_cb on_delivery log.queue".split()
+    (
+        *("bootstrap.servers", "metadata.broker.list", "client.id", "error_cb", "logger", "stats_cb", "log.queue"),
+        *("group.id", "group.instance.id", "group.protocol", "group.remote.assignor", "partition.assignment.strategy"),
+        *("session.timeout.ms", "heartbeat.interval.ms", "auto.offset.reset", "enable.auto.commit", "isolation.level"),
+        *("enable.auto.offset.store", "auto.commit.interval.ms", "enable.partition.eof", "allow.auto.create.topics"),
+        *("enable.idempotence", "enable.gapless.guarantee", "transactional.id", "acks", "request.required.acks"),
+        *("retries", "message.send.max.retries", "message.timeout.ms", "delivery.timeout.ms", "partitioner"),
+        *("max.in.flight", "max.in.flight.requests.per.connection", "message.max.bytes", "on_delivery", "on_commit"),
+        *("dr_cb", "linger.ms", "queue.buffering.max.ms", "default.topic.config", "test.mock.num.brokers"),
+    )
 )
 SAY_AGAIN_SECONDS = 60.0
-ASK_SECONDS = 5.0  # one question to the broker; asked again while the caller may wait
+ASK_SECONDS = 2.0  # one question to the broker; asked again while the caller may wait
+ADMIN_SECONDS = 15.0  # a one-shot command waits no longer
 
 _AWAY = frozenset(
     (
@@ -59,15 +66,15 @@ DENIED = frozenset(
 )
 MISSING = frozenset((KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION))
 
-Setting = str | int | float | bool | Callable[..., None] | logging.Logger
+T = TypeVar("T")
+Setting = Any  # text, a number, a callback or a logger: librdkafka's own check is the type
 
 
 class Voice:
     """How a client speaks: counts every complaint, logs the same kind once a minute, hides secrets."""
 
-    def __init__(self, client: str, settings: Kafka, log: Log | None) -> None:
-        self._client, self._log = client, log
-        self._clock = SystemClock()
+    def __init__(self, client: str, settings: Kafka, log: Log | None, clock: Clock | None = None) -> None:
+        self._client, self._log, self._clock = client, log, clock or SystemClock()
         self._secrets = [str(v) for k, v in settings.librdkafka.items() if SECRET.search(k)] + [settings.sasl_password]
         self._said: dict[str, tuple[float, int]] = {}
 
@@ -81,19 +88,29 @@ class Voice:
     def complain(self, error: KafkaError) -> None:
         """An error that librdkafka retries by itself."""
         KAFKA_ERRORS.labels(self._client).inc()
-        name, now = error.name(), self._clock.monotonic()
+        self.say(error.name(), error.str())
+
+    def say(self, name: str, text: str) -> None:
+        """Log a warning, unless one of this name was logged within the minute."""
+        now = self._clock.monotonic()
         last, held_back = self._said.get(name, (-SAY_AGAIN_SECONDS, 0))
         if now - last < SAY_AGAIN_SECONDS:
             self._said[name] = (last, held_back + 1)
             return
         self._said[name] = (now, 0)
         if self._log is not None:
-            self._log.warning("kafka_error", self.clean(error.str()), client=self._client, error=name, more=held_back)
+            self._log.warning("kafka_error", self.clean(text), client=self._client, error=name, more=held_back)
 
     def librdkafka_logger(self) -> logging.Logger:
-        """Where librdkafka's own lines go: to our log at debug time only; its errors reach `complain` anyway."""
+        """Where librdkafka's own warnings go: our log, each kind once a minute (by default they go to stderr)."""
+        voice = self
+
+        class Handler(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                voice.say(f"librdkafka {record.getMessage().split(' ', 1)[0]}", record.getMessage())
+
         logger = logging.Logger("librdkafka", logging.WARNING)
-        logger.addHandler(logging.NullHandler())
+        logger.addHandler(Handler())
         return logger
 
 
@@ -115,7 +132,7 @@ def librdkafka_settings(settings: Kafka, client_id: str, voice: Voice, **ours: S
     conf |= {name.replace("_", "."): value for name, value in ours.items()}
     return conf | {
         "bootstrap.servers": settings.bootstrap,
-        "client.id": f"{client_id}-{os.getpid()}",
+        "client.id": f"{client_id}-{socket.gethostname()}-{os.getpid()}",
         "error_cb": voice.complain,
         "logger": voice.librdkafka_logger(),
     }
@@ -134,7 +151,7 @@ def translate(error: KafkaError, voice: Voice, where: str, settings: Kafka) -> S
     if error.code() in MISSING:
         return ConfigError(f"the topic does not exist: {text}", where=where, remedy="streamgr topics apply")
     if error.code() in DENIED:
-        return ConfigError(text, where=where, remedy="grant this principal the access in the README's table of ACLs")
+        return ConfigError(text, where=where, remedy="grant this principal the access (Kafka ACLs)")
     if error.code() in _AWAY:
         return BrokerUnreachable(
             text, where=where, remedy=f"check kafka.bootstrap ({settings.bootstrap}) and the security settings"
@@ -142,7 +159,7 @@ def translate(error: KafkaError, voice: Voice, where: str, settings: Kafka) -> S
     return StreamgrError(f"{error.name()}: {text}", where=where, remedy="see the broker's log")
 
 
-def ask[T](
+def ask(
     question: Callable[[float], T],
     *,
     voice: Voice,
@@ -179,10 +196,10 @@ class Admin:
         except KafkaException as error:
             raise refused(error, self.voice) from None
 
-    def ask[T](self, where: str, question: Callable[[float], T], wait_seconds: float = 15.0) -> T:
-        return ask(question, voice=self.voice, settings=self.settings, where=where, wait_seconds=wait_seconds)
+    def ask(self, where: str, question: Callable[[float], T], wait_seconds: float | None = None) -> T:
+        seconds = ADMIN_SECONDS if wait_seconds is None else wait_seconds
+        return ask(question, voice=self.voice, settings=self.settings, where=where, wait_seconds=seconds)
 
-    def metadata(self, wait_seconds: float = 15.0) -> ClusterMetadata:
-        """The cluster and its topics. Raises `BrokerUnreachable` after `wait_seconds`."""
-        question = lambda seconds: self.client.list_topics(timeout=seconds)  # noqa: E731
-        return self.ask(self.settings.bootstrap, question, wait_seconds)
+    def metadata(self, wait_seconds: float | None = None) -> ClusterMetadata:
+        """The cluster and its topics. Raises `BrokerUnreachable` after `wait_seconds` (`ADMIN_SECONDS`)."""
+        return self.ask(self.settings.bootstrap, lambda s: self.client.list_topics(timeout=s), wait_seconds)

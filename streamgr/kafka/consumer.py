@@ -10,6 +10,7 @@ under `max.poll.interval.ms` (300 s).
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar, cast
 
 import confluent_kafka
 from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
@@ -26,12 +27,15 @@ LAG = gauge("consumer_lag_records", "Records between the position and the end, a
 POSITION_TIME = gauge(
     "consumer_position_timestamp_seconds", "Append time at the position, the oldest of the partitions.", ("topic",)
 )
-STRAYS = counter("consumer_stray_records", "Records of partitions not owned, dropped unread (read again by their owner).")
+STRAYS = counter(
+    "consumer_stray_records", "Records of partitions not owned, dropped unread (read again by their owner)."
+)
 REBALANCES = counter("consumer_rebalances", "Changes of the assignment by the group.", ("kind",))
 for _kind in ("assign", "revoke", "lost"):
     REBALANCES.labels(_kind)
 
 GAUGE_SECONDS = 1.0
+T = TypeVar("T")
 Partition = tuple[str, int]
 
 
@@ -67,9 +71,8 @@ class Consumer:
                     session_timeout_ms=10_000,
                     heartbeat_interval_ms=2_000,
                     isolation_level="read_committed",
-                    on_commit=self._committed,
                 )
-                | {name: settings.librdkafka.get(name, value) for name, value in _FETCH.items()}
+                | {"on_commit": self._committed, **_FETCH, **_chosen(settings)}
             )
         except KafkaException as error:
             raise refused(error, self._voice) from None
@@ -99,7 +102,7 @@ class Consumer:
         return self._ask(f"{topic}[{partition}]", question, wait_seconds)
 
     def assign(self, positions: Mapping[Partition, int]) -> None:
-        """Read exactly these partitions from exactly these offsets; replaces the assignment, resumes what was paused."""
+        """Read exactly these partitions from exactly these offsets; replaces the assignment and un-pauses."""
         self._positions = dict(positions)
         self._append_ms.clear()
         self._consumer.assign(_at(positions))
@@ -157,8 +160,8 @@ class Consumer:
             if message.error() is not None:
                 self._heed(message)
                 continue
-            owner = (topic, partition) = (message.topic(), message.partition())
-            offset: int = message.offset()
+            owner = topic, partition = cast(Partition, (message.topic(), message.partition()))
+            offset = cast(int, message.offset())
             if owner not in self._positions:
                 STRAYS.inc()
                 continue
@@ -208,16 +211,16 @@ class Consumer:
 
     def _heed(self, message: Message) -> None:
         """An error in place of a record: raise what ends the work, count the rest."""
-        error: KafkaError = message.error()
-        topic, partition = message.topic(), message.partition()
-        where = f"{topic}[{partition}]@{message.offset()}" if topic and partition is not None else topic or "consumer"
+        error = cast(KafkaError, message.error())
+        topic, partition = message.topic() or "", cast(int, message.partition())
+        where = f"{topic}[{partition}]"
         if error.code() == KafkaError._AUTO_OFFSET_RESET and (topic, partition) in self._positions:
-            raise self._out_of_range(topic, partition)
+            raise self._out_of_range(topic, partition, self._voice.clean(error.str()))
         if error.fatal() or error.code() in DENIED:
             raise translate(error, self._voice, where, self._settings)
         self._voice.complain(error)
 
-    def _out_of_range(self, topic: str, partition: int) -> StreamgrError:
+    def _out_of_range(self, topic: str, partition: int, why: str) -> StreamgrError:
         position = self._positions[topic, partition]
         low, high = self.bounds(topic, partition)
         where = f"{topic}[{partition}]@{position}"
@@ -228,7 +231,7 @@ class Consumer:
                 remedy="restore a state snapshot, or rebuild with --accept-loss; then raise the topic's retention.ms",
             )
         return DataError(
-            f"the log ends at {high}: the topic was recreated or truncated",
+            f"the log holds {low} to {high}: the topic was recreated or truncated ({why})",
             where=where,
             remedy="restore the topic, or remove the state that was built from the old one",
         )
@@ -249,7 +252,7 @@ class Consumer:
             if times := [ms for (t, _), ms in self._append_ms.items() if t == topic]:
                 POSITION_TIME.labels(topic).set(min(times) / 1000)
 
-    def _ask[T](self, where: str, question: Callable[[float], T], wait_seconds: float | None) -> T:
+    def _ask(self, where: str, question: Callable[[float], T], wait_seconds: float | None) -> T:
         return ask(
             question,
             voice=self._voice,
@@ -261,6 +264,11 @@ class Consumer:
 
 
 _FETCH = {"fetch.wait.max.ms": 50, "fetch.min.bytes": 1, "queued.max.messages.kbytes": 65_536}
+
+
+def _chosen(settings: Kafka) -> dict[str, str | int | float | bool]:
+    """What the operator chose of the fetch settings."""
+    return {name: value for name, value in settings.librdkafka.items() if name in _FETCH}
 
 
 def _at(positions: Mapping[Partition, int]) -> list[TopicPartition]:

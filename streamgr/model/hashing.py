@@ -15,11 +15,12 @@ FALLBACK = np.uint64(0xD1B54A32D192ED03)
 
 def fmix64(keys: U64) -> U64:
     """The murmur3 64-bit finaliser, u64[n] -> u64[n], bijective."""
-    h = keys ^ (keys >> np.uint64(33))
-    h = h * np.uint64(0xFF51AFD7ED558CCD)
+    h: U64 = keys ^ (keys >> np.uint64(33))
+    h *= np.uint64(0xFF51AFD7ED558CCD)
     h ^= h >> np.uint64(33)
     h *= np.uint64(0xC4CEB9FE1A85EC53)
-    return h ^ (h >> np.uint64(33))
+    h ^= h >> np.uint64(33)
+    return h
 
 
 def buckets(keys: U64, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -14,11 +14,14 @@ trainer sees through the last visible action is what the scorer saw with `at = r
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streamgr.events import IMPRESSION, History
+
+Number = TypeVar("Number", np.int64, np.uint64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,7 @@ class Tokens:
 
 
 def tokenize(histories: Sequence[History], at: Sequence[int] | None = None) -> Tokens:
-    """Lay histories end to end. `at` (ms, one a history): the time asked at the end of each; None: the training rule."""
+    """Lay histories end to end. `at` (ms, one a history): the time asked at each end; None: the training rule."""
     lengths = np.array([len(h) for h in histories], np.int64)
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
     kinds = _column([h.kinds for h in histories], np.int64)
@@ -95,5 +98,5 @@ def _request_start(
     return anchor
 
 
-def _column(parts: Sequence[NDArray[np.generic]], dtype: type[np.int64 | np.uint64]) -> NDArray[np.generic]:
-    return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
+def _column(parts: Sequence[NDArray[Any]], dtype: type[Number]) -> NDArray[Number]:
+    return np.concatenate([np.zeros(0, dtype), *(part.astype(dtype, copy=False) for part in parts)])

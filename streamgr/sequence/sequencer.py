@@ -1,0 +1,319 @@
+"""The sequencer: a role's loop around the partitions it owns, and the one commit order.
+
+    1. apply    records change the partition's state in memory and fill its batch
+    2. produce  what they gave (examples, dead letters, progress) is sent to the source's partition number
+    3. confirm  every output is acknowledged by the broker
+    4. write    one WriteBatch a partition: events, dictionaries, open labels, next offset, watermark, last output
+    5. sync     the write-ahead log, every `state.sync_seconds`
+    6. report   the group's offset, for lag tools only; never read back
+
+A crash before 4 (in 1, 2, 3, or between 3 and 4): the records are read again from the stored offset and say the same
+under the same positions; readers drop what they have. A crash after 4: a killed process loses nothing; a power failure
+before 5 takes offset and data back together, which is the first case. After 5, only lag tools are behind. 1 to 6 happen
+in this order for all partitions at once, every `sequence.commit_interval_seconds`.
+
+Progress is the store's own offset: on assignment the consumer starts there. When a partition is revoked, it is
+committed and closed; when it is lost, it is closed as it is, for somebody else may already be at work.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from streamgr.clock import Clock, Deadline
+from streamgr.config import Config
+from streamgr.errors import ConfigError, RetentionPassed, TryAgain
+from streamgr.events import Record
+from streamgr.kafka.consumer import Consumer
+from streamgr.kafka.producer import Producer
+from streamgr.kafka.topics import Identity, identity
+from streamgr.sequence import examples as wire
+from streamgr.sequence import meters
+from streamgr.sequence.partition import Applied, Partition, fingerprint, milliseconds
+from streamgr.service import Stop
+from streamgr.state.rocks import Memory
+from streamgr.state.store import Meta, Store, partition_directory
+from streamgr.telemetry import Health, Log
+
+ROLE = "sequencer"
+LOCK_SECONDS = 30.0  # how long a new owner waits for the old one's lock
+LAST_OUTPUT_SECONDS = 30.0
+PROGRESS_SECONDS = 1.0
+CONFIRM_SECONDS = 5.0  # one wait for acknowledgements; then say that we live, and go on waiting
+
+
+class Sequencer:
+    """Owns partitions of the events; sequences them and emits examples."""
+
+    def __init__(
+        self,
+        config: Config,
+        clock: Clock,
+        log: Log,
+        health: Health,
+        stop: Stop,
+        *,
+        rebuild: bool = False,
+        accept_loss: bool = False,
+    ) -> None:
+        """`rebuild`: start every partition from an empty store. `accept_loss`: though its log lacks the start."""
+        self._config, self._clock, self._log, self._health, self._stop = config, clock, log, health, stop
+        self._rebuild, self._accept_loss = rebuild, accept_loss
+        self._events, self._examples = config.topic("events"), config.topic("examples")
+        self._letters = config.topic("dead-letters")
+        self._memory = Memory(config.state)
+        self._partitions: dict[int, Partition] = {}
+        self._rebuilt: set[int] = set()
+        self._spans: dict[int, list[int]] = {}  # partition -> append times (ms) of the uncommitted, oldest and newest
+        self._told: dict[int, tuple[int, float]] = {}  # partition -> (offset, when) of the last progress record
+        self._committed = self._synced = self._beaten = clock.monotonic()
+        self._lock_seconds = LOCK_SECONDS
+        self._identity = Identity("", "", 0)
+        meters.prepare(config.sequence.actions)
+        health.hold("partitions", "none assigned yet")
+
+    def run(self) -> None:
+        """Share the partitions with the group until told to stop; then commit and leave."""
+        consumer, producer = self._connect(self._config.group(ROLE))
+        try:
+            consumer.subscribe(
+                self._events,
+                self._assigned,
+                lambda removed: self._revoked(removed, producer),
+                self._lost,
+            )
+            while not self._stop:
+                self._turn(consumer, producer)
+            self._health.hold("partitions", "draining")
+            self._commit(consumer, producer, final=True)
+        finally:
+            self._leave(consumer, producer)
+
+    def run_until_end(self) -> None:
+        """Take every partition, work up to the end of the log as it stands now, commit and return.
+
+        Raises `TryAgain` where another process holds a store.
+        """
+        consumer, producer = self._connect("")
+        self._lock_seconds = 0.0
+        try:
+            numbers = consumer.partitions(self._events)
+            ends = {p: consumer.bounds(self._events, p)[1] for p in numbers}
+            starts = self._assigned(numbers)
+            consumer.assign({(self._events, p): offset for p, offset in starts.items()})
+            while not self._stop and any(self._partitions[p].next_offset < end for p, end in ends.items()):
+                self._turn(consumer, producer, ends)
+            self._commit(consumer, producer, final=True)
+        finally:
+            self._leave(consumer, producer)
+
+    def _connect(self, group: str) -> tuple[Consumer, Producer]:
+        kafka, log, stop = self._config.kafka, self._log, self._stop
+        consumer = Consumer(kafka, client_id=ROLE, group=group, log=log, stop=stop)
+        consumer.partitions(self._events)  # waits for the broker; names a missing topic
+        self._identity = identity(kafka, self._events)
+        return consumer, Producer(kafka, client_id=ROLE, log=log, stop=stop)
+
+    def _leave(self, consumer: Consumer, producer: Producer) -> None:
+        """Let go of everything. What was not committed is read again by the next owner."""
+        self._lost(list(self._partitions))
+        producer.close()
+        consumer.close()
+
+    def _turn(self, consumer: Consumer, producer: Producer, ends: Mapping[int, int] | None = None) -> None:
+        """Poll, apply, produce; commit when it is time."""
+        by_partition: dict[int, list[Record]] = {}
+        for record in consumer.poll():
+            if ends is None or record.offset < ends[record.partition]:
+                by_partition.setdefault(record.partition, []).append(record)
+        for number, records in by_partition.items():
+            if partition := self._partitions.get(number):
+                span = self._spans.setdefault(number, [records[0].append_ms, 0])
+                span[1] = records[-1].append_ms
+                self._emit(number, partition.apply(records), producer)
+        self._heartbeat(producer)
+        if self._clock.monotonic() - self._committed >= self._config.sequence.commit_interval_seconds:
+            self._commit(consumer, producer)
+        self._health.turned()
+
+    def _emit(self, number: int, out: Applied, producer: Producer) -> None:
+        """Step 2: the outputs of one batch, to the source's partition number."""
+        for example in out.examples:
+            producer.send(self._examples, wire.encode(example), key=example.user.encode(), partition=number)
+        for record, bad in out.dead_letters:
+            headers = {"reason": bad.reason, "topic": record.topic, "partition": number, "offset": record.offset}
+            producer.send(
+                self._letters,
+                record.value,
+                key=record.key,
+                partition=number,
+                headers=[(name, str(value).encode()) for name, value in headers.items()],
+            )
+        meters.applied(out)
+
+    def _commit(self, consumer: Consumer, producer: Producer, *, final: bool = False) -> None:
+        """Steps 2 (progress) to 6 for every partition; `final`: whatever the intervals say."""
+        now = self._clock.monotonic()
+        self._committed = now
+        self._tell(producer, final=final)
+        changed = [p for p in self._partitions.values() if p.pending]
+        if changed:
+            self._confirm(producer)
+            for partition in changed:
+                partition.commit()
+            meters.written(self._clock.now_ms(), self._spans.values(), self._clock.monotonic() - now)
+            self._spans.clear()
+        meters.state(self._events, self._partitions.values())
+        if final or now - self._synced >= self._config.state.sync_seconds:
+            self._synced = now
+            for partition in self._partitions.values():
+                partition.store.sync()
+            consumer.commit({(self._events, n): p.store.progress.next_offset for n, p in self._partitions.items()})
+
+    def _confirm(self, producer: Producer) -> None:
+        """Step 3, for as long as the broker is away; the role lives meanwhile."""
+        while True:
+            try:
+                return producer.confirm(CONFIRM_SECONDS)
+            except TryAgain:
+                if self._stop:
+                    raise
+                self._health.turned()
+
+    def _tell(self, producer: Producer, *, final: bool) -> None:
+        """A progress record for each partition that has moved, once a second."""
+        now = self._clock.monotonic()
+        for number, partition in self._partitions.items():
+            offset, when = self._told.get(number, (-1, -PROGRESS_SECONDS))
+            if partition.next_offset == offset or not (final or now - when >= PROGRESS_SECONDS):
+                continue
+            if progress := partition.progress():
+                producer.send(self._examples, wire.encode(progress), partition=number)
+                self._told[number] = (partition.next_offset, now)
+
+    def _heartbeat(self, producer: Producer) -> None:
+        """Where nobody else does: this moment as a record in each owned partition."""
+        every = self._config.sequence.heartbeat_seconds
+        if every and self._clock.monotonic() - self._beaten >= every:
+            self._beaten = self._clock.monotonic()
+            beat = msgspec.json.encode({"type": "heartbeat", "event_time": self._clock.now_ms()})
+            for number in self._partitions:
+                producer.send(self._events, beat, partition=number)
+
+    def _assigned(self, added: list[int]) -> dict[int, int]:
+        """Open the partitions; the offset to go on from in each."""
+        reader = Consumer(self._config.kafka, client_id=f"{ROLE}-opening", log=self._log, stop=self._stop)
+        try:
+            for number in added:
+                self._partitions[number] = self._open(number, reader)
+        finally:
+            reader.close()
+        self._health.hold("partitions", "" if self._partitions else "none assigned yet")
+        self._log.info("partitions_assigned", added=added, owned=sorted(self._partitions))
+        return {number: self._partitions[number].next_offset for number in added}
+
+    def _revoked(self, removed: list[int], producer: Producer) -> None:
+        """Commit what they have and close them: the next owner goes on from there."""
+        leaving = {n: self._partitions[n] for n in removed if n in self._partitions}
+        if any(p.pending for p in leaving.values()):
+            self._confirm(producer)
+            for partition in leaving.values():
+                partition.commit()
+                partition.store.sync()
+        self._lost(removed)
+
+    def _lost(self, removed: list[int]) -> None:
+        """Close them and write nothing."""
+        if not (closed := [number for number in removed if number in self._partitions]):
+            return
+        for number in closed:
+            self._partitions.pop(number).store.close()
+            self._spans.pop(number, None)
+            self._told.pop(number, None)
+        self._health.hold("partitions", "" if self._partitions else "none assigned")
+        self._log.info("partitions_closed", removed=closed, owned=sorted(self._partitions))
+
+    def _open(self, number: int, reader: Consumer) -> Partition:
+        """A partition's store, checked against its log and against what was last emitted for it."""
+        settings, topic = self._config.sequence, self._identity
+        mark = fingerprint(topic.cluster_id, topic.topic_id, settings)
+        path = partition_directory(self._config.role_directory(ROLE), number)
+        if self._rebuild and number not in self._rebuilt:
+            self._unlocked(path).close()  # nobody else is at work in it
+            shutil.rmtree(path)
+            self._rebuilt.add(number)
+        store = self._unlocked(path)
+        try:
+            self._check_outputs(store, mark, number, reader)
+            store.claim(
+                Meta(
+                    cluster_id=topic.cluster_id,
+                    topic_id=topic.topic_id,
+                    topic=self._events,
+                    partition=number,
+                    partitions=topic.partitions,
+                    fingerprint=mark,
+                    actions=tuple(settings.actions),
+                    window_ms=milliseconds(settings.attribution_window_seconds),
+                    emits=True,
+                )
+            )
+            partition = Partition(store, settings, mark)
+            if store.progress.next_offset == 0 and (low := reader.bounds(self._events, number)[0]):
+                if not self._accept_loss:
+                    raise RetentionPassed(
+                        f"an empty store, and the log starts at {low}",
+                        where=f"{self._events}[{number}]@0",
+                        remedy="restore a state snapshot, or accept the loss: sequencer --rebuild --accept-loss",
+                    )
+                self._log.warning("loss_accepted", "the log no longer starts at 0", partition=number, offset=low)
+                partition.start_at(low)
+        except BaseException:
+            store.close()
+            raise
+        return partition
+
+    def _unlocked(self, path: Path) -> Store:
+        """The store at `path`, as soon as its last owner has let go of it."""
+        patience = Deadline(self._clock, self._lock_seconds)
+        while True:
+            try:
+                return Store(path, self._memory)
+            except TryAgain:
+                if patience.passed() or self._stop.wait(0.05):
+                    raise
+                self._health.turned()
+
+    def _check_outputs(self, store: Store, mark: str, number: int, reader: Consumer) -> None:
+        """A changed configuration may take effect only after everything the old one has emitted (decision 4)."""
+        last = self._last_output(number, reader)
+        if last is None or last[0] == mark or last[1] < store.progress.next_offset:
+            return
+        raise ConfigError(
+            f"settings that decide what is emitted have changed (fingerprint {last[0]} to {mark}), but outputs of the "
+            f"old ones reach source offset {last[1]} and the store only {store.progress.next_offset}: some records "
+            "would get two different answers",
+            where=f"{self._events}[{number}]",
+            remedy="start once with the old settings (streamgr sequencer --until-end), then with the new ones",
+        )
+
+    def _last_output(self, number: int, reader: Consumer) -> tuple[str, int] | None:
+        """(fingerprint, source offset) of the last record in the examples' partition."""
+        low, high = reader.bounds(self._examples, number)
+        if low == high:
+            return None
+        reader.assign({(self._examples, number): high - 1})
+        patience = Deadline(self._clock, LAST_OUTPUT_SECONDS)
+        while not (records := reader.poll(1, 0.2)):
+            self._health.turned()
+            if self._stop or patience.passed():
+                raise TryAgain(
+                    "cannot read the last output",
+                    where=f"{self._examples}[{number}]@{high - 1}",
+                    remedy="start again when the broker is well",
+                )
+        output = wire.decode(records[0].value or b"")
+        offset = output.offset - 1 if isinstance(output, wire.Progress) else output.position[0]
+        return output.fingerprint, offset

@@ -1,0 +1,139 @@
+"""Sequences and examples for people: the contract's JSON.
+
+What is shown is a function of the stored events alone: the order in which they arrived, and what was known then, does
+not matter (only `late` tells of it). Stores are opened read-only, beside the process that writes them.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from streamgr.config import State
+from streamgr.errors import DataError
+from streamgr.events import FIRST_ACTION, PROFILE, request_key
+from streamgr.sequence import join
+from streamgr.sequence.examples import Example
+from streamgr.sequence.tail import Tail, Token, ranks
+from streamgr.state import codec
+from streamgr.state.rocks import Memory
+from streamgr.state.store import Store
+
+Json = dict[str, Any]
+ROLES = ("sequencer", "scorer")  # who keeps sequences, in the order in which we ask
+
+
+def show(state_directory: Path, user: str) -> Json | None:
+    """One user's sequence from `state.directory`; None if unknown. Raises `DataError` where there is no state."""
+    for store in _stores(state_directory):
+        try:
+            if store.has_user(user):
+                return sequence(store, user)
+        finally:
+            store.close()
+    return None
+
+
+def export(state_directory: Path) -> Iterator[Json]:
+    """Every user's sequence, sorted by user id. Raises `DataError` where there is no state."""
+    stores = list(_stores(state_directory))
+    try:
+        users = sorted((user, place) for place, store in enumerate(stores) for user in store.users())
+        for user, place in users:
+            yield sequence(stores[place], user)
+    finally:
+        for store in stores:
+            store.close()
+
+
+def sequence(store: Store, user: str) -> Json:
+    """A user's whole sequence, oldest first: every impression and action, and of profiles the first of each run."""
+    meta = store.meta
+    assert meta is not None
+    names, rank = ["profile", "impression", *meta.actions], ranks(meta.actions)
+    stored = sorted(store.events(codec.uid(user)), key=lambda row: (row[0], rank[row[1]], row[2].event_id))
+    texts = dict.fromkeys(event.item for _, kind, event in stored if kind != PROFILE)
+    texts |= zip(texts, store.item_texts(list(texts)), strict=True)
+    actions = _joined_kinds(stored, rank, meta.window_ms)
+    shown: list[Json] = []
+    features: object = None  # of the run of profiles we are in; none yet
+    token = 0
+    for time, kind, event in stored:
+        row: Json = {"type": names[kind]}
+        if kind == PROFILE:
+            if features == (now := dict(event.features or {})):
+                continue
+            features = now
+        else:
+            row["item_id"] = texts[event.item]
+        row |= {"event_time": time, "event_id": event.event_id}
+        if kind != PROFILE:
+            if kinds := actions.get(token):
+                row["actions"] = sorted(names[k] for k in kinds)
+            token += 1
+        if event.late:
+            row["late"] = True
+        shown.append(row)
+    return {"user_id": user, "events": shown}
+
+
+def examples_json(example: Example, partition: int, actions: Sequence[str]) -> Json:
+    """An example as `examples list` prints it; `actions`: kinds in the order of their bits."""
+    h, offset, n = example.history, *example.position
+    return {
+        "position": {"partition": partition, "offset": offset, "n": n},
+        "user": example.user,
+        "targets": [
+            {
+                "item": item,
+                "event_id": event_id,
+                "event_time": int(h.times[i]),
+                "labels": [name for bit, name in enumerate(actions) if labels >> bit & 1],
+            }
+            for i, labels, item, event_id in zip(
+                example.target_index.tolist(),
+                example.target_labels.tolist(),
+                example.target_items,
+                example.target_events,
+                strict=True,
+            )
+        ],
+    }
+
+
+def _joined_kinds(
+    stored: list[tuple[int, int, codec.Stored]], rank: Sequence[int], window_ms: int
+) -> dict[int, set[int]]:
+    """For each impression (by its place among impressions and actions) the kinds that joined it."""
+    tail = Tail()
+    tail.extend_back(
+        (
+            Token(t, kind, s.event_id, s.item, request_key(s.request), s.append_ms, s.due, s.late)
+            for t, kind, s in stored
+            if kind != PROFILE
+        ),
+        tail.since,
+        rank,
+    )
+    found: dict[int, set[int]] = {}
+    for i, kind in enumerate(tail.kinds):
+        if kind >= FIRST_ACTION and (j := join.joined(tail, i, window_ms)) >= 0:
+            found.setdefault(j, set()).add(kind)
+    return found
+
+
+def _stores(state_directory: Path) -> Iterator[Store]:
+    """The partitions' stores of the first role that has any, read-only."""
+    for directory in [*(state_directory / role for role in ROLES), state_directory]:
+        paths = sorted(path for path in directory.glob("p[0-9]*") if (path / "CURRENT").exists())
+        if paths:
+            memory = Memory(State())
+            for path in paths:
+                store = Store(path, memory, read_only=True)
+                if store.meta is None:  # its owner is about to claim it
+                    store.close()
+                else:
+                    yield store
+            return
+    raise DataError(
+        "no sequences here", where=str(state_directory), remedy="give the value of state.directory of a sequencer"
+    )

@@ -1,0 +1,194 @@
+"""Checkpoints: all that a later step depends on, whole or absent.
+
+One directory a checkpoint, named by its step: `tensors.safetensors` and `checkpoint.json`, whose digest covers the
+tensors. Written beside its name, fsynced, renamed, and the parent fsynced: a crash leaves a directory that begins with
+a dot and is removed at the next save. The two newest are kept. A newest one that is damaged is passed over with a
+warning, which costs time but no bits: the step log reaches back to the oldest one kept.
+"""
+
+import fcntl
+import os
+import shutil
+from hashlib import sha256
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from streamgr import __version__
+from streamgr.errors import ConfigError, DataError, StateNotWritable, TryAgain
+from streamgr.telemetry import DURATION_BUCKETS, Log, gauge, histogram
+from streamgr.train.lane import LaneState
+from streamgr.weights.manifest import model_differences
+
+FORMAT = 1
+KEPT = 2
+DURATION = histogram("train_checkpoint_duration_seconds", "From state to renamed directory.", (), DURATION_BUCKETS)
+WRITTEN = gauge("train_checkpoint_timestamp_seconds", "When the newest checkpoint was written.")
+
+
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """What stands beside the tensors. `architecture` is `Manifest.model`, lanes by partition, times in ms."""
+
+    step: int
+    watermark_ms: int
+    targets_learned: int
+    architecture: dict[str, Any]
+    seed: int
+    lanes: dict[int, LaneState]
+    version: int  # the newest published by this lineage, 0 for none
+    horizon_ms: int
+    log_bytes: int  # length of the prequential log at this step
+    written_ms: int
+
+
+class Head(msgspec.Struct, frozen=True):
+    """What every format begins with."""
+
+    format: int
+    code: str  # the version of streamgr that wrote it
+
+
+class Envelope(Head, frozen=True):
+    """The file `checkpoint.json`."""
+
+    sha256: str  # of tensors.safetensors
+    facts: Facts
+
+
+_decoder = msgspec.json.Decoder(Envelope)
+
+
+class Checkpoints:
+    """The checkpoints of one trainer, under `directory`."""
+
+    def __init__(self, directory: Path, log: Log) -> None:
+        self._directory, self._log = directory, log
+
+    def save(self, facts: Facts, tensors: dict[str, Tensor]) -> int:
+        """Write one; returns the step of the oldest checkpoint kept. Raises `StateNotWritable`."""
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            for stale in self._directory.glob(".*"):
+                shutil.rmtree(stale)
+            temporary, final = self._directory / f".{facts.step:012d}", self._directory / f"{facts.step:012d}"
+            temporary.mkdir()
+            data = save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()})
+            _write(temporary / "tensors.safetensors", data)
+            envelope = Envelope(FORMAT, __version__, sha256(data).hexdigest(), facts)
+            _write(temporary / "checkpoint.json", msgspec.json.encode(envelope))
+            _sync_directory(temporary)
+            if final.exists():  # the same step again: nothing was learned since
+                shutil.rmtree(final)
+            temporary.rename(final)
+            _sync_directory(self._directory)
+            for old in self._found()[KEPT:]:
+                shutil.rmtree(old)
+        except OSError as error:
+            raise StateNotWritable(
+                f"cannot write a checkpoint: {error.strerror}",
+                where=str(self._directory),
+                remedy="free space or permissions, then start again: nothing is lost",
+            ) from None
+        WRITTEN.set(facts.written_ms / 1000)
+        return int(self._found()[-1].name)
+
+    def load(self, architecture: dict[str, Any], seed: int) -> tuple[Facts, dict[str, Tensor]] | None:
+        """The newest whole one, or None where there is none.
+
+        Raises `ConfigError` where it belongs to another model, `DataError` where all are damaged or of a newer format.
+        """
+        found = self._found()
+        for path in found:
+            _require_format(path)
+            try:
+                facts, tensors = _read(path)
+            except DataError as error:
+                self._log.warning("checkpoint_damaged", str(error))
+                continue
+            differences = model_differences(facts.architecture, architecture)
+            if facts.seed != seed:
+                differences.append(f"trainer.seed: {facts.seed!r} is not {seed!r}")
+            if differences:
+                raise ConfigError(
+                    "the checkpoint belongs to another model: " + ", ".join(differences),
+                    where=str(path),
+                    remedy="start with the settings it was written with, or remove the directory to train anew",
+                )
+            return facts, tensors
+        if found:
+            raise DataError(
+                "no checkpoint can be read",
+                where=str(self._directory),
+                remedy="restore the directory from a backup, or remove the trainer's state to train anew",
+            )
+        return None
+
+    def _found(self) -> list[Path]:
+        """Newest first."""
+        if not self._directory.exists():
+            return []
+        return sorted((p for p in self._directory.iterdir() if p.name.isdigit()), reverse=True)
+
+
+def _require_format(path: Path) -> None:
+    """A checkpoint of another format is no damage to pass over: raise `DataError`."""
+    try:
+        head = msgspec.json.decode((path / "checkpoint.json").read_bytes(), type=Head)
+    except (OSError, msgspec.DecodeError):
+        return  # damaged: `_read` says how
+    if head.format != FORMAT:
+        raise DataError(
+            f"format {head.format}, this version reads {FORMAT}",
+            where=str(path),
+            remedy=f"start the version that wrote it: {head.code}",
+        )
+
+
+def _read(path: Path) -> tuple[Facts, dict[str, Tensor]]:
+    remedy = "the one before it is used; remove the directory when you have seen why"
+    try:
+        envelope = _decoder.decode((path / "checkpoint.json").read_bytes())
+        data = (path / "tensors.safetensors").read_bytes()
+        if sha256(data).hexdigest() != envelope.sha256:
+            raise DataError("the tensors are not what was written", where=str(path), remedy=remedy)
+        return envelope.facts, load_tensors(data)
+    except (OSError, msgspec.DecodeError, SafetensorError) as error:
+        raise DataError(f"cannot be read: {error}", where=str(path), remedy=remedy) from None
+
+
+def lock(directory: Path) -> TextIOWrapper:
+    """Make the trainer's directory ours while the file returned is open. Raises `TryAgain`, `StateNotWritable`."""
+    path = directory / "lock"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        remedy = "one trainer a state directory: stop the other one first"
+        raise TryAgain("another trainer holds the directory", where=str(path), remedy=remedy) from None
+    except OSError as error:
+        remedy = "check state.directory, its owner and free space"
+        raise StateNotWritable(f"cannot be written: {error.strerror}", where=str(path), remedy=remedy) from None
+    return file
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,221 @@
+"""One step: predict, be judged, learn. Owns the model, the ID table and both optimizers; knows no Kafka.
+
+The order within a step, and why:
+
+1. What is live *before* the batch is the catalogue that retrieval is judged on: an item that this very batch brings
+   counts as a miss, whatever its vector would have scored.
+2. The batch's ids are mapped (admitted, touched, evicted). A new slot starts as its key's fallback vector, so mapping
+   changes no prediction: what the scorer answers with the same weights is what is judged here (decision 1).
+3. One forward pass. Its probabilities and ranks go to the prequential figures, as they were before learning.
+4. The same pass is learned: dense AdamW with clipping, row-wise Adagrad for the rows that the batch touched. A loss or
+   gradient that is not finite skips the learning of this step, is counted, and nothing is lost but the lesson.
+
+A step is a function of the state before it and of the batch: negatives come from a generator seeded by (seed, step),
+sums over repeated rows run in a fixed order. On CPU the same steps give the same bits.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import embedding, normalize
+
+from streamgr import config
+from streamgr.model.losses import ranking_loss, sampled_softmax
+from streamgr.model.recommender import Recommender
+from streamgr.model.table import IdTable, Lookup
+from streamgr.telemetry import counter
+from streamgr.train.batch import Batch
+from streamgr.train.optim import RowAdagrad
+
+SKIPPED = counter("train_skipped", "Steps whose learning was skipped.", ("reason",))
+for _reason in ("loss", "gradient"):
+    SKIPPED.labels(_reason)
+
+RANK_CELLS = 1 << 24  # scores of one block of the ranking against all live items
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """What the model said before it learned, aligned with `batch.targets`.
+
+    probabilities f32[m, K], NaN where a target is not ranked; rank i64[m]: of the true item among the live ones, 1 is
+    the best, ties against us, -1 where it was not live, 0 where the target is not retrieved; live: how many there are.
+    """
+
+    probabilities: NDArray[np.float32]
+    rank: NDArray[np.int64]
+    live: int
+
+
+class Learner:
+    """The three things that change with a step: network, table, optimizers. Not thread safe."""
+
+    def __init__(self, settings: config.Config) -> None:
+        trainer, table = settings.trainer, settings.table
+        self._settings = trainer
+        self.model = Recommender(settings.model, settings.sequence.actions, trainer.seed)
+        self.table = IdTable(table, settings.model.dim, trainer.seed)
+        self._model_settings = settings.model
+        self.dense = torch.optim.AdamW(
+            self.model.parameters(), lr=trainer.dense_learning_rate, weight_decay=trainer.weight_decay
+        )
+        self.sparse = RowAdagrad(len(self.table.weight), table.fallback_rows, trainer.table_learning_rate)
+        self.step = 0
+        self.watermark_ms = 0  # the table's clock: the greatest watermark learned
+
+    def learn(self, batch: Batch) -> tuple[Predictions, str]:
+        """Take one step; returns what was predicted before it, and why nothing was learned ("" when it was)."""
+        self.step += 1
+        self.watermark_ms = max(self.watermark_ms, batch.watermark_ms)
+        catalogue = self._catalogue() if len(batch.targets.retrieved) else None
+        lookup = self.table.map(batch.tokens.items, batch.tokens.times, watermark_ms=self.watermark_ms)
+        self.sparse.reset(torch.from_numpy(lookup.fresh))
+        rows, leaf, vectors, negatives, negative_keys = self._gather(lookup)
+
+        hidden = self.model.transduce(batch.tokens, vectors)
+        logits = self._logits(batch, hidden)
+        queries = self._queries(batch, hidden)
+        predictions = self._predictions(batch, logits, queries, catalogue)
+
+        loss = torch.zeros(())
+        if logits is not None:
+            labels = torch.from_numpy(batch.targets.labels[batch.targets.ranked]).to(logits)
+            loss = loss + ranking_loss(logits, labels)
+        if queries is not None and len(negative_keys):
+            found = batch.targets.retrieved
+            positives = embedding(torch.from_numpy(batch.targets.token[found]), vectors)
+            loss = loss + self._model_settings.retrieval_weight * sampled_softmax(
+                queries,
+                positives,
+                negatives,
+                batch.targets.keys[found],
+                negative_keys,
+                self._model_settings.temperature,
+            )
+        return predictions, self._descend(loss, rows, leaf)
+
+    def _gather(self, lookup: Lookup) -> tuple[Tensor, Tensor, Tensor, Tensor, NDArray[np.uint64]]:
+        """The rows that this step may change i64[k], as one leaf f32[k, D]; the token vectors f32[T, D] and negatives
+        f32[N, D] with their keys, as functions of the leaf."""
+        live_rows, live_keys = self.table.live(self.watermark_ms)
+        generator = torch.Generator().manual_seed((self._settings.seed << 32) + self.step)
+        count = self._model_settings.negatives if len(live_rows) else 0
+        drawn = torch.randint(max(1, len(live_rows)), (count,), generator=generator).numpy()
+        used, place = np.unique(np.concatenate([lookup.rows_a, lookup.rows_b, live_rows[drawn]]), return_inverse=True)
+        rows = torch.from_numpy(used)
+        leaf = self.table.weight.index_select(0, rows).requires_grad_()
+        # `embedding` sums the gradient of a repeated row in one fixed order; indexing need not
+        n = len(lookup.rows_a)
+        a, b, c = (torch.from_numpy(part) for part in np.split(place, [n, 2 * n]))
+        vectors = (embedding(a, leaf) + embedding(b, leaf)) / 2
+        return rows, leaf, vectors, embedding(c, leaf), live_keys[drawn]
+
+    def _logits(self, batch: Batch, hidden: Tensor) -> Tensor | None:
+        """f32[ranked, K]"""
+        ranked = batch.targets.ranked
+        if not len(ranked):
+            return None
+        index = torch.from_numpy(batch.targets.token[ranked])
+        return self.model.rank(embedding(index, hidden))
+
+    def _queries(self, batch: Batch, hidden: Tensor) -> Tensor | None:
+        """f32[retrieved, D], normalised"""
+        found = batch.targets.retrieved
+        if not len(found):
+            return None
+        return self.model.queries(hidden, torch.from_numpy(batch.targets.query[found]))
+
+    def _catalogue(self) -> tuple[NDArray[np.uint64], Tensor]:
+        """The live items as they are now: keys u64[k] and normalised vectors f32[k, D] (a copy)."""
+        rows, keys = self.table.live(self.watermark_ms)
+        vectors = normalize(self.table.weight.index_select(0, torch.from_numpy(rows)), dim=1, eps=1e-6)
+        return keys, vectors
+
+    @torch.no_grad()
+    def _predictions(
+        self,
+        batch: Batch,
+        logits: Tensor | None,
+        queries: Tensor | None,
+        catalogue: tuple[NDArray[np.uint64], Tensor] | None,
+    ) -> Predictions:
+        targets = batch.targets
+        probabilities = np.full((len(targets), targets.labels.shape[1]), np.nan, np.float32)
+        rank = np.zeros(len(targets), np.int64)
+        if logits is not None:
+            probabilities[targets.ranked] = logits.sigmoid().numpy()
+        if queries is None or catalogue is None:
+            return Predictions(probabilities, rank, len(self.table.live(self.watermark_ms)[0]))
+        keys, vectors = catalogue
+        order = np.argsort(keys)
+        found = targets.retrieved
+        wanted = targets.keys[found]
+        at = np.minimum(np.searchsorted(keys, wanted, sorter=order), max(0, len(keys) - 1))
+        column = order[at] if len(keys) else np.zeros(len(found), np.int64)
+        known = keys[column] == wanted if len(keys) else np.zeros(len(found), bool)
+        rank[found] = -1
+        block = max(1, RANK_CELLS // max(1, len(keys)))
+        for part in np.array_split(np.flatnonzero(known), max(1, -(-int(known.sum()) // block))):
+            scores = queries[torch.from_numpy(part)] @ vectors.T
+            true = scores.gather(1, torch.from_numpy(column[part])[:, None])
+            ahead = ~(
+                scores < true
+            )  # ties, and what is not finite, count against us; so does the item itself: 1 = best
+            rank[found[part]] = ahead.sum(dim=1).numpy()
+        return Predictions(probabilities, rank, len(keys))
+
+    def _descend(self, loss: Tensor, rows: Tensor, leaf: Tensor) -> str:
+        """Learn from the loss; returns why not ("" when learned)."""
+        self.dense.zero_grad(set_to_none=True)
+        if not loss.requires_grad:
+            return ""
+        if not bool(torch.isfinite(loss)):
+            SKIPPED.labels("loss").inc()
+            return "loss"
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._settings.gradient_clip)
+        gradient = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
+        if not (bool(torch.isfinite(norm)) and bool(torch.isfinite(gradient).all())):
+            self.dense.zero_grad(set_to_none=True)
+            SKIPPED.labels("gradient").inc()
+            return "gradient"
+        self.dense.step()
+        touched = gradient.any(dim=1)
+        self.sparse.step(self.table.weight, rows[touched], gradient[touched])
+        self.table.touch(rows[touched].numpy())
+        return ""
+
+    # -- checkpoints
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a later step depends on, by name."""
+        tensors = {f"model/{name}": value.detach() for name, value in self.model.state_dict().items()}
+        tensors |= {f"table/{name}": value for name, value in self.table.state().items()}
+        tensors["adagrad/accumulator"] = self.sparse.accumulator
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.dense.state.get(parameter, {}).items():
+                tensors[f"adamw/{key}/{name}"] = value.detach()
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, Tensor], step: int, watermark_ms: int) -> None:
+        """Become what `state` was taken from; raises `ConfigError` where the table's geometry differs."""
+        self.model.load_state_dict(_under("model/", tensors))
+        self.table.load_state(_under("table/", tensors))
+        self.sparse.accumulator.copy_(tensors["adagrad/accumulator"])
+        for name, parameter in self.model.named_parameters():
+            state = {
+                key: tensors[f"adamw/{key}/{name}"]
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"adamw/{key}/{name}" in tensors
+            }
+            if state:
+                self.dense.state[parameter] = {key: value.clone() for key, value in state.items()}
+        self.step, self.watermark_ms = step, watermark_ms
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,347 @@
+"""The trainer: examples in, weights out. One loop: poll, step, publish, checkpoint.
+
+What makes it exactly once (decisions 3, 6 and 7), in the order of a life:
+
+1. The state directory is locked and the weights log claimed: a trainer that was here before is fenced off.
+2. The newest checkpoint gives weights, optimizers, marks and positions under one step number; the step log says how
+   the steps after it were formed, and they are formed and learned again, with the same bits on CPU.
+3. Each new step is written to the step log, then learned. The log is synced before a version that contains the step
+   is published, so no served weights can be forgotten.
+4. The checkpoint moves what a restart must repeat; the step log is then cut to what the oldest checkpoint needs.
+   Offsets committed to Kafka are for lag tools only and never read.
+
+`run_until_end` merges without regard to arrival and needs no step log: a crash repeats the same steps by itself.
+"""
+
+from contextlib import ExitStack
+
+import msgspec
+import torch
+
+from streamgr.clock import Clock
+from streamgr.config import Config
+from streamgr.errors import ConfigError
+from streamgr.kafka.consumer import Consumer
+from streamgr.kafka.producer import Producer
+from streamgr.service import Stop
+from streamgr.telemetry import DURATION_BUCKETS, HORIZON, Health, Log, counter, gauge, histogram
+from streamgr.train.batch import assemble
+from streamgr.train.checkpoint import Checkpoints, Facts, lock
+from streamgr.train.learner import Learner
+from streamgr.train.outcomes import Outcomes
+from streamgr.train.prequential import Prequential
+from streamgr.train.reader import ExamplesReader, Formed, Source
+from streamgr.train.steplog import Step, StepLog
+from streamgr.weights import publisher as weights
+from streamgr.weights.manifest import Kind
+from streamgr.weights.publisher import Publisher
+
+EXAMPLES = counter("train_examples", "Examples learned, replays after a restart included.")
+STEPS = counter("train_steps", "Steps learned.", ("origin",))
+DURATION = histogram("train_step_duration_seconds", "One step: map, forward, judge, backward.", (), DURATION_BUCKETS)
+WATERMARK = gauge("watermark_timestamp_seconds", "The lowest watermark of the partitions.", ("topic",))
+SLOTS = gauge("table_slots", "Slots of the ID table.", ("table",))
+USED = gauge("table_used_slots", "Slots that hold an id.", ("table",))
+ADMISSIONS = counter("table_admissions", "Ids given a slot.", ("table",))
+EVICTIONS = counter("table_evictions", "Slots taken back.", ("table", "reason"))
+UNPLACED = counter("table_unplaced", "Ids that found no slot free of their own batch.", ("table",))
+for _origin in ("live", "replay"):
+    STEPS.labels(_origin)
+TABLE = "items"
+
+
+class Trainer:
+    """One trainer process. `source` and `publisher` are built from the configuration unless given (tests)."""
+
+    def __init__(
+        self,
+        config: Config,
+        clock: Clock,
+        log: Log,
+        health: Health,
+        stop: Stop,
+        *,
+        source: Source | None = None,
+        publisher: Publisher | None = None,
+    ) -> None:
+        if config.trainer.device != "cpu":
+            raise ConfigError(
+                f"no device {config.trainer.device!r}: this version trains on the CPU",
+                where="trainer.device",
+                remedy="set it to 'cpu'",
+            )
+        self._config, self._clock, self._log, self._health, self._stop = config, clock, log, health, stop
+        self._given = source, publisher
+        self._closing = ExitStack()
+        self._directory = config.role_directory("trainer")
+
+    def run(self) -> None:
+        """Learn and publish until told to stop; then publish, checkpoint and leave."""
+        with self._closing:
+            if not self.start():
+                return
+            while not self._stop:
+                self.turn()
+            if self._news:
+                self._publish()
+            self._checkpoint()
+
+    def run_until_end(self) -> None:
+        """Learn what the topic holds now, checkpoint, publish, return."""
+        with self._closing:
+            if not self._open():
+                return
+            self._reader.stop_at_end()
+            while not self._stop:
+                self._reader.poll(0.05)
+                while (formed := self._reader.form()) is not None:
+                    self._learn(formed)
+                    if self._due(self._checkpointed, self._config.trainer.checkpoint_seconds):
+                        self._checkpoint()
+                self._health.turned()
+                if self._reader.ended():
+                    break
+            self._checkpoint()
+            self._publish()
+
+    def start(self) -> bool:
+        """Open, recover, and publish what we have, so that scorers can serve; false when stopped before that."""
+        if not self._open():
+            return False
+        self._publish()
+        return True
+
+    def turn(self) -> None:
+        """Once around the loop."""
+        settings = self._config.trainer
+        self._reader.poll(0.05)
+        if (formed := self._reader.form()) is not None:
+            self._steps.append(Step(self._learner.step + 1, self._reader.ends(formed)))
+            self._learn(formed)
+        if self._due(self._published, settings.publish_seconds) and (self._news or self._horizon_moved()):
+            self._publish()
+        if self._due(self._checkpointed, settings.checkpoint_seconds):
+            self._checkpoint()
+        self._health.turned()
+
+    # -- start
+
+    def _open(self) -> bool:
+        """Lock, claim, load and recover: afterwards we are where the step log ends; false when stopped before that."""
+        config, settings = self._config, self._config.trainer
+        self._health.hold("recovered", "loading the checkpoint")
+        self._health.hold("published", "no version yet")
+        self._closing.enter_context(lock(self._directory))
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        torch.use_deterministic_algorithms(True)
+        self._learner = Learner(config)
+        prequential = Prequential(config.sequence.actions, settings.window_targets, settings.fade_targets)
+        self._architecture = msgspec.to_builtins(
+            {"model": config.model, "table": config.table, "actions": config.sequence.actions}
+        )
+        self._checkpoints = Checkpoints(self._directory / "checkpoints", self._log)
+        lanes, log_bytes = {}, 0
+        self._targets_learned = self._version = self._horizon_ms = 0
+        if (loaded := self._checkpoints.load(self._architecture, settings.seed)) is not None:
+            facts, tensors = loaded
+            self._learner.load_state(tensors, facts.step, facts.watermark_ms)
+            prequential.load_state(
+                {n.removeprefix("prequential/"): t for n, t in tensors.items() if n.startswith("prequential/")}
+            )
+            lanes, log_bytes = facts.lanes, facts.log_bytes
+            self._targets_learned, self._version = facts.targets_learned, facts.version
+            self._horizon_ms = facts.horizon_ms
+        self._outcomes = Outcomes(config.sequence.actions, prequential, settings.prequential_log, log_bytes)
+        self._closing.callback(self._outcomes.close)
+        self._steps = StepLog(self._directory / "steps.jsonl")
+        self._closing.callback(self._steps.close)
+
+        self._publisher = self._connect_publisher()
+        self._version = self._publisher.claim(self._version).last_version
+        source = self._given[0] or Consumer(
+            config.kafka,
+            client_id=config.group("trainer"),
+            group=config.group("trainer"),
+            log=self._log,
+            stop=self._stop,
+        )
+        self._closing.callback(source.close)
+        self._source = source
+        self._reader = ExamplesReader(
+            source,
+            config.topic("examples"),
+            lanes,
+            clock=self._clock,
+            batch_tokens=settings.batch_tokens,
+            max_skew_ms=round(settings.max_skew_seconds * 1000),
+            accept_loss=settings.accept_loss,
+        )
+        self._since = 0
+        self._news = False
+        self._published = self._checkpointed = self._clock.monotonic()
+        self._stats = self._learner.table.stats()
+        return self._recover()
+
+    def _connect_publisher(self) -> Publisher:
+        if self._given[1] is not None:
+            return self._given[1]
+        kafka = self._config.kafka
+        producer = Producer(kafka, client_id=self._config.group("trainer"), log=self._log, stop=self._stop)
+        self._closing.callback(producer.close)
+        publisher = Publisher(
+            self._config,
+            self._clock,
+            self._log,
+            producer,
+            lambda: Consumer(kafka, client_id=self._config.group("trainer-manifests"), log=self._log, stop=self._stop),
+        )
+        self._closing.callback(publisher.close)
+        return publisher
+
+    def _recover(self) -> bool:
+        """Learn again the steps between checkpoint and crash, exactly as they were formed.
+
+        False when stopped half-way: what is behind the versions already served must be neither published nor kept.
+        """
+        steps = self._steps.after(self._learner.step)
+        if steps:
+            self._log.info("recovering", f"{len(steps)} steps since the checkpoint", step=self._learner.step)
+        for step in steps:
+            self._health.hold("recovered", f"replaying steps, {steps[-1].step - step.step + 1} to go")
+            while (formed := self._reader.form_recorded(step.ends)) is None:
+                if self._stop:
+                    return False
+                self._reader.poll(0.05)
+                self._health.turned()
+            self._learn(formed, replay=True)
+        self._health.hold("recovered")
+        self._log.info(
+            "trainer_ready",
+            step=self._learner.step,
+            targets_learned=self._targets_learned,
+            positions={p: lane.state.next_offset for p, lane in self._reader.lanes.items()},
+        )
+        return True
+
+    # -- the three verbs
+
+    def _learn(self, formed: Formed, *, replay: bool = False) -> None:
+        partitions = [partition for partition, _ in formed.examples]
+        batch = assemble([example for _, example in formed.examples], len(self._config.sequence.actions))
+        started = self._clock.monotonic()
+        predictions, skipped = self._learner.learn(batch)
+        DURATION.observe(self._clock.monotonic() - started)
+        gradient_ms = self._clock.now_ms()
+        self._reader.learned(formed)
+        self._outcomes.add(partitions, batch, predictions, version=self._version, gradient_ms=gradient_ms)
+        self._news = True
+        EXAMPLES.inc(len(partitions))
+        STEPS.labels("replay" if replay else "live").inc()
+        if skipped:
+            self._log.warning(
+                "learning_skipped", f"the {skipped} is not finite", step=self._learner.step, targets=len(batch.targets)
+            )
+            return
+        self._targets_learned += len(batch.targets)
+        if not replay:
+            self._outcomes.learned(batch, gradient_ms)
+
+    def _publish(self) -> None:
+        """A version of all that was learned; the mark advances only when it is acknowledged."""
+        self._steps.sync()
+        self._horizon_ms = self._horizon()
+        table = self._learner.table
+        kind: Kind = "snapshot" if self._publisher.snapshot_due() else "delta"
+        clock_ms = self._learner.watermark_ms
+        rows = table.snapshot_rows(clock_ms) if kind == "snapshot" else table.changed_since(self._since)
+        since = table.mark()
+        payload = {f"dense/{name}": tensor for name, tensor in self._learner.model.state_dict().items()}
+        payload |= {f"table/{name}": column for name, column in table.rows(rows).items()}
+        lanes = self._reader.lanes.items()
+        manifest = self._publisher.publish(
+            kind,
+            payload,
+            weights.Facts(
+                model=self._architecture,
+                step=self._learner.step,
+                targets_learned=self._targets_learned,
+                horizon_ms=self._horizon_ms,
+                watermark_ms=clock_ms,
+                positions={
+                    self._config.topic("events"): {p: lane.state.source_next for p, lane in lanes},
+                    self._config.topic("examples"): {p: lane.state.next_offset for p, lane in lanes},
+                },
+                learned=self._outcomes.take_freshness(),
+                quality=self._outcomes.prequential.export(),
+            ),
+        )
+        self._since, self._version, self._news = since, manifest.version, False
+        self._published = self._clock.monotonic()
+        self._source.commit({(self._config.topic("examples"), p): lane.state.next_offset for p, lane in lanes})
+        self._health.hold("published")
+        self._export()
+
+    def _checkpoint(self) -> None:
+        """Everything under one step number; the step log is cut to what the oldest checkpoint kept still needs."""
+        tensors = self._learner.state()
+        tensors |= {f"prequential/{name}": tensor for name, tensor in self._outcomes.prequential.state().items()}
+        oldest = self._checkpoints.save(
+            Facts(
+                step=self._learner.step,
+                watermark_ms=self._learner.watermark_ms,
+                targets_learned=self._targets_learned,
+                architecture=self._architecture,
+                seed=self._config.trainer.seed,
+                lanes={p: lane.state for p, lane in self._reader.lanes.items()},
+                version=self._version,
+                horizon_ms=self._horizon_ms,
+                log_bytes=self._outcomes.sync(),
+                written_ms=self._clock.now_ms(),
+            ),
+            tensors,
+        )
+        self._steps.forget(oldest)
+        self._checkpointed = self._clock.monotonic()
+
+    # -- what we know of ourselves
+
+    def _due(self, since: float, seconds: float) -> bool:
+        return self._clock.monotonic() - since >= seconds
+
+    def _horizon(self) -> int:
+        """Append time (ms) of the newest source record fully in the weights, the minimum over partitions; 0: unknown.
+
+        A partition that has no records holds nobody back; one whose records are still unanswered holds the horizon
+        where it is. It never moves back.
+        """
+        known = []
+        for partition, lane in self._reader.lanes.items():
+            if lane.state.horizon_ms >= 0:
+                known.append(lane.state.horizon_ms)
+                continue
+            low, high = self._source.bounds(self._config.topic("events"), partition)
+            if low < high:
+                return self._horizon_ms
+        if not known:
+            return self._horizon_ms or self._clock.now_ms()
+        return max(self._horizon_ms, min(known))
+
+    def _horizon_moved(self) -> bool:
+        """Whether a version with nothing new in it would still be younger."""
+        known = [ms for lane in self._reader.lanes.values() if (ms := lane.state.horizon_ms) >= 0]
+        return bool(known) and min(known) > self._horizon_ms
+
+    def _export(self) -> None:
+        """Gauges and the table's counters, once a version."""
+        HORIZON.labels("trainer").set(self._horizon_ms / 1000)
+        if known := [lane.state.watermark_ms for lane in self._reader.lanes.values() if lane.state.watermark_ms >= 0]:
+            WATERMARK.labels(self._config.topic("examples")).set(min(known) / 1000)
+        stats, before = self._learner.table.stats(), self._stats
+        SLOTS.labels(TABLE).set(stats.slots)
+        USED.labels(TABLE).set(stats.used)
+        ADMISSIONS.labels(TABLE).inc(stats.admissions - before.admissions)
+        EVICTIONS.labels(TABLE, "full").inc(stats.evictions - before.evictions)
+        EVICTIONS.labels(TABLE, "expired").inc(stats.expiries - before.expiries)
+        UNPLACED.labels(TABLE).inc(stats.unplaced - before.unplaced)
+        self._stats = stats

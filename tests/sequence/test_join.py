@@ -1,0 +1,123 @@
+"""Joins by hand: which impression an action belongs to, and which labels a target gets."""
+
+from streamgr.events import IMPRESSION
+from streamgr.sequence import join
+from streamgr.sequence.join import Target
+from streamgr.sequence.tail import EVER, Tail, Token, ranks
+from streamgr.state.codec import NEVER
+
+CLICK, LIKE = 2, 3
+RANK = ranks(["click", "like"])
+WINDOW = 100
+
+
+def tail(*rows: tuple[int, int, str, int, int]) -> Tail:
+    """Rows of (time, kind, id, item, request), in any order; impressions fall due after the window, actions at once."""
+    built = Tail()
+    for time, kind, event_id, item, request in rows:
+        due = time + WINDOW if kind == IMPRESSION else time
+        i = built.place(time, kind, event_id, RANK)
+        assert i >= 0
+        built.insert(i, Token(time, kind, event_id, item, request, 0, due, False))
+    return built
+
+
+def joins(t: Tail) -> dict[str, str]:
+    found = {}
+    for i, kind in enumerate(t.kinds):
+        if kind >= CLICK:
+            j = join.joined(t, i, WINDOW)
+            found[t.ids[i]] = t.ids[j] if j >= 0 else ""
+    return found
+
+
+def test_an_action_joins_the_latest_impression_of_its_item_within_the_window() -> None:
+    t = tail(
+        (10, IMPRESSION, "i1", 7, 1),
+        (20, IMPRESSION, "i2", 7, 2),
+        (20, IMPRESSION, "i3", 7, 3),  # the same time: the greater id is later
+        (30, IMPRESSION, "i4", 8, 4),
+        (19, CLICK, "before i2", 7, 0),
+        (20, CLICK, "at i2", 7, 0),
+        (25, LIKE, "of request 1", 7, 1),
+        (109, LIKE, "the last of request 1", 7, 1),
+        (110, LIKE, "too late for request 1", 7, 1),
+        (119, CLICK, "in time", 7, 0),
+        (120, CLICK, "too late", 7, 0),
+        (5, CLICK, "too early", 7, 0),
+        (40, CLICK, "no such item", 9, 0),
+        (40, CLICK, "no such request", 7, 9),
+    )
+    assert joins(t) == {
+        "before i2": "i1",
+        "at i2": "i3",
+        "of request 1": "i1",
+        "the last of request 1": "i1",
+        "too late for request 1": "",
+        "in time": "i3",
+        "too late": "",
+        "too early": "",
+        "no such item": "",
+        "no such request": "",
+    }
+
+
+def test_targets_are_what_falls_due_with_the_kinds_that_joined() -> None:
+    t = tail(
+        (10, IMPRESSION, "i1", 7, 1),
+        (11, IMPRESSION, "i2", 8, 1),
+        (12, IMPRESSION, "i3", 7, 2),
+        (50, CLICK, "c1", 7, 1),
+        (60, LIKE, "l1", 7, 1),
+        (61, CLICK, "c2", 8, 0),
+        (70, LIKE, "organic", 5, 0),
+        (111, CLICK, "c3", 7, 2),
+    )
+    names = {i: event_id for i, event_id in enumerate(t.ids)}
+
+    def found(after: int, upto: int) -> list[tuple[str, int]]:
+        return [(names[row], labels) for row, labels in join.targets(t, after, upto, WINDOW)]
+
+    assert found(0, 110) == [("i1", 0b11), ("organic", 0b10)]
+    assert found(110, 111) == [("i2", 0b01)]
+    assert found(111, 200) == [("i3", 0b01)]
+    assert found(200, 300) == []
+    t.lates[t.ids.index("l1")] = 1
+    assert found(109, 110) == [("i1", 0b01)]
+
+
+def test_what_is_never_due_is_no_target_even_at_first() -> None:
+    t = tail((10, IMPRESSION, "i1", 7, 1))
+    t.dues[0] = NEVER
+    assert join.targets(t, -(1 << 40), 1 << 40, WINDOW) == []
+
+
+def test_examples_are_cut_where_targets_span_more_than_half_a_window() -> None:
+    rows = [Target(i, 0) for i in (3, 4, 6, 7, 11, 12, 30)]
+    assert [[t.row for t in chunk] for chunk in join.chunks(rows, 8)] == [[3, 4, 6], [7], [11, 12], [30]]
+    assert [[t.row for t in chunk] for chunk in join.chunks(rows[:2], 1)] == [[3], [4]]
+
+
+def test_a_tail_keeps_order_through_inserts_extension_and_trim() -> None:
+    t = tail((10, LIKE, "b", 1, 0), (10, CLICK, "z", 1, 0), (10, IMPRESSION, "b", 1, 0), (10, IMPRESSION, "a", 1, 0))
+    assert t.ids == ["a", "b", "z", "b"]  # impressions, then actions by kind name, then ids
+    assert t.place(10, CLICK, "z", RANK) == -1 - 2
+    assert t.place(10, CLICK, "y", RANK) == 2
+    assert t.place(9, CLICK, "z", RANK) == 0
+    assert t.place(11, IMPRESSION, "a", RANK) == 4
+    assert t.since == EVER
+    assert t.covers(0, 99)
+    t.since = 10
+    t.extend_back([Token(5, CLICK, "o", 2, 0, 0, 5, False), Token(4, LIKE, "p", 2, 0, 0, 4, False)], 3, RANK)
+    assert (t.ids, list(t.times), t.since) == (["p", "o", "a", "b", "z", "b"], [4, 5, 10, 10, 10, 10], 3)
+    assert t.covers(3)
+    assert not t.covers(2)
+    assert t.covers(10, 2)
+    assert not t.covers(10, 3)
+    t.trim(4)  # never within a millisecond
+    assert (t.ids, t.since) == (["a", "b", "z", "b"], 10)
+    assert len({len(c) for c in (t.times, t.kinds, t.items, t.requests, t.appends, t.dues, t.lates, t.ids)}) == 1
+
+
+def test_ranks_follow_the_kinds_names_not_their_bits() -> None:
+    assert ranks(["like", "click"]) == [0, 1, 3, 2]

@@ -1,0 +1,236 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from streamgr.clock import ManualClock
+from streamgr.errors import ConfigError, TryAgain
+from streamgr.events import IMPRESSION
+from streamgr.sequence.examples import encode
+from streamgr.train.batch import assemble
+from streamgr.train.learner import Learner
+from streamgr.train.trainer import Trainer
+from streamgr.weights.manifest import Learned
+from tests.train.kit import TOPIC, MemoryPublisher, MemorySource, build, example, progress, settings, stream
+
+EXAMPLES, PARTITIONS = 24, 3
+
+
+def tick(trainer: Trainer, turns: int) -> None:
+    for _ in range(turns):
+        trainer._clock.advance(0.3)
+        trainer.turn()
+
+
+def weights_of(trainer: Trainer) -> dict[str, bytes]:
+    state = trainer._learner.state()
+    return {n: t.numpy().tobytes() for n, t in state.items() if n not in ("table/scalars", "table/changed")}
+
+
+def crash(trainer: Trainer) -> None:
+    """What is left of a process that was killed: its files; its lock is free."""
+    trainer._closing.close()
+
+
+def test_a_killed_trainer_learns_the_same_steps_to_the_same_bits(tmp_path: Path) -> None:
+    logs = stream(PARTITIONS, EXAMPLES)
+    straight = build(settings(tmp_path / "a", prequential_log=str(tmp_path / "a.jsonl")), MemorySource(logs, 11))
+    straight.start()
+    tick(straight, 40)
+
+    config = settings(tmp_path / "b", prequential_log=str(tmp_path / "b.jsonl"))
+    publisher = MemoryPublisher()
+    killed = build(config, MemorySource(logs, 11), publisher)
+    killed.start()
+    tick(killed, 4)
+    killed._checkpoint()
+    tick(killed, 3)  # learned, logged, and not in any checkpoint
+    lost = killed._learner.step
+    crash(killed)
+
+    resumed = build(config, MemorySource(logs, 1000), publisher)  # records arrive quite otherwise
+    resumed.start()
+    assert resumed._learner.step == lost > 0
+    assert weights_of(resumed) == weights_of(killed)
+    resumed._source.chunk, resumed._source.positions = 11, killed._source.positions  # from here on as before
+    for lane in resumed._reader.lanes.values():
+        lane.queue.clear()
+        lane.queued_tokens = 0
+        lane.queue.extend(killed._reader.lanes[lane.partition].queue)
+        lane.fetched = killed._reader.lanes[lane.partition].fetched
+        lane._accepted = killed._reader.lanes[lane.partition]._accepted
+    resumed._source.turns = killed._source.turns
+    tick(resumed, 33)
+
+    assert weights_of(resumed) == weights_of(straight)
+    assert resumed._targets_learned == straight._targets_learned == PARTITIONS * (3 * EXAMPLES + EXAMPLES // 5)
+    assert resumed._outcomes.prequential.figures() == straight._outcomes.prequential.figures()
+    lines = [[json.loads(x) for x in (tmp_path / f"{n}.jsonl").read_text().splitlines()] for n in "ab"]
+    for line in [*lines[0], *lines[1]]:
+        del line["version"], line["learned_ms"]
+    assert lines[0] == lines[1]
+    crash(straight)
+    crash(resumed)
+
+
+def test_until_end_is_a_function_of_the_topic(tmp_path: Path) -> None:
+    logs = stream(PARTITIONS, EXAMPLES, seed=3)
+    trainers = []
+    for name, chunk in (("a", 3), ("b", 1000)):
+        publisher = MemoryPublisher()
+        trainers.append(build(settings(tmp_path / name), MemorySource(logs, chunk), publisher))
+        trainers[-1].run_until_end()
+        assert [m.kind for m, _ in publisher.versions] == ["snapshot"]
+        assert publisher.versions[0][0].positions[TOPIC] == {p: len(log) for p, log in enumerate(logs)}
+    assert weights_of(trainers[0]) == weights_of(trainers[1])
+    again = build(settings(tmp_path / "b"), MemorySource(logs, 5))
+    again.run_until_end()  # nothing is left to learn
+    assert again._learner.step == trainers[1]._learner.step
+    assert weights_of(again) == weights_of(trainers[1])
+
+
+def test_repeated_examples_are_learned_once(tmp_path: Path) -> None:
+    logs = stream(1, 10)
+    twice = [[*logs[0][:8], *logs[0][2:], *logs[0]]]
+    trainer = build(settings(tmp_path), MemorySource(twice, 4))
+    trainer.start()
+    tick(trainer, 20)
+    assert trainer._targets_learned == 10 * 3 + 2
+    crash(trainer)
+
+
+def test_versions_a_snapshot_first_then_deltas_that_add_up_to_the_weights(tmp_path: Path) -> None:
+    publisher = MemoryPublisher()
+    source = MemorySource(stream(2, 12), 5, events={0: 130, 1: 130})
+    trainer = build(settings(tmp_path), source, publisher)
+    trainer.start()
+    tick(trainer, 30)
+    crash(trainer)
+    manifests = [m for m, _ in publisher.versions]
+    assert [m.kind for m in manifests] == ["snapshot"] + ["delta"] * (len(manifests) - 1)
+    assert len(manifests) > 3
+    assert [m.step for m in manifests] == sorted(m.step for m in manifests)
+    assert [m.horizon_ms for m in manifests] == sorted(m.horizon_ms for m in manifests)
+    assert manifests[0].horizon_ms == 0  # there are records, none of them answered yet
+    assert manifests[-1].horizon_ms == 10_000 + 10 * 10  # the last example's own record is not known to be complete
+    assert sum(Learned.unpack(m.learned).total for m in manifests) == manifests[-1].targets_learned
+    held = np.zeros((len(trainer._learner.table.weight), 8), np.float32)
+    for _, payload in publisher.versions:
+        held[payload["table/rows"].numpy()] = payload["table/weight"].numpy()
+    used = trainer._learner.table.snapshot_rows(trainer._learner.watermark_ms)
+    assert (held[used] == trainer._learner.table.weight.numpy()[used]).all()
+    assert source.committed[TOPIC, 0] == trainer._reader.lanes[0].state.next_offset
+
+
+def test_nothing_new_publishes_nothing_and_progress_alone_moves_the_horizon(tmp_path: Path) -> None:
+    logs = [[encode(example((5, 0)))]]
+    publisher = MemoryPublisher()
+    trainer = build(settings(tmp_path), MemorySource(logs, events={0: 6}), publisher)
+    trainer.start()
+    tick(trainer, 20)
+    assert len(publisher.versions) == 2
+    logs[0].append(encode(progress(8, append_ms=20_000)))
+    tick(trainer, 20)
+    assert [m.horizon_ms for m, _ in publisher.versions] == [0, 0, 20_000]
+    assert Learned.unpack(publisher.versions[-1][0].learned).total == 0
+    crash(trainer)
+
+
+def test_a_fenced_trainer_stops_with_try_again_and_leaves_no_checkpoint(tmp_path: Path) -> None:
+    publisher = MemoryPublisher()
+    trainer = build(settings(tmp_path), MemorySource(stream(1, 9), 3), publisher)
+    trainer.start()
+    publisher.fence = TryAgain("another trainer has claimed epoch 2")
+    with pytest.raises(TryAgain):
+        tick(trainer, 20)
+    crash(trainer)
+    assert not (tmp_path / "trainer" / "checkpoints").exists()
+    again = build(settings(tmp_path), MemorySource(stream(1, 9), 3))
+    assert again.start()  # the step log brings back what was learned
+    assert again._learner.step == trainer._learner.step > 0
+    crash(again)
+
+
+def test_drain_publishes_and_checkpoints(tmp_path: Path) -> None:
+    publisher = MemoryPublisher()
+    trainer = build(settings(tmp_path, publish_seconds=1e9), MemorySource(stream(1, 9), 100), publisher)
+    turn = trainer.turn
+
+    def once() -> None:
+        turn()
+        trainer._stop.set()
+
+    trainer.turn = once
+    trainer.run()
+    assert [m.step for m, _ in publisher.versions] == [0, 1]
+    assert len(list((tmp_path / "trainer" / "checkpoints").iterdir())) == 1
+
+
+def test_another_geometry_is_refused(tmp_path: Path) -> None:
+    build(settings(tmp_path), MemorySource(stream(1, 3))).run_until_end()
+    with pytest.raises(ConfigError, match=r"trainer.seed: 1 is not 2"):
+        build(settings(tmp_path, seed=2), MemorySource(stream(1, 3))).run_until_end()
+
+
+def test_a_device_this_version_cannot_use_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no device 'cuda'"):
+        build(settings(tmp_path, device="cuda"), MemorySource([[]]))
+
+
+# -- the learner
+
+
+def one_step(tmp_path: Path, *examples: object) -> tuple[Learner, object]:
+    learner = Learner(settings(tmp_path))
+    return learner, learner.learn(assemble(list(examples), 2))[0]
+
+
+def test_predictions_are_made_before_learning(tmp_path: Path) -> None:
+    each = example((1, 0), events=[(IMPRESSION, "a", 1, 0), (IMPRESSION, "b", 2, 0)], targets=[0, 1], labels=[1, 0])
+    learner, first = one_step(tmp_path, each)
+    batch = assemble([each], 2)
+    fresh = Learner(settings(tmp_path))
+    lookup = fresh.table.lookup(batch.tokens.items, watermark_ms=0)
+    with torch.no_grad():
+        hidden = fresh.model.transduce(batch.tokens, fresh.table.vectors(lookup))
+        expected = fresh.model.rank(hidden).sigmoid().numpy()
+    np.testing.assert_allclose(first.probabilities, expected, atol=1e-6)
+    second, _ = learner.learn(batch)
+    assert second.probabilities[0, 0] > first.probabilities[0, 0]
+    assert second.probabilities[1, 0] < second.probabilities[0, 0]
+
+
+def test_an_item_that_was_not_live_is_a_miss_and_ranks_count_ties_against_us(tmp_path: Path) -> None:
+    each = example((1, 0), events=[(2, "a", 1, 0), (2, "b", 2, 0)], targets=[0, 1], labels=[0, 0])
+    learner, first = one_step(tmp_path, each)
+    assert first.rank.tolist() == [-1, -1]
+    assert first.live == 0
+    learner.table.weight[learner.table.first_slot :] = 1.0  # every item scores the same
+    second, _ = learner.learn(assemble([each], 2))
+    assert second.rank.tolist() == [2, 2]
+    assert second.live == 2
+    assert np.isnan(second.probabilities).all()  # organic actions are not ranked
+
+
+def test_what_is_not_finite_skips_the_lesson_only(tmp_path: Path) -> None:
+    each = example((1, 0), events=[(IMPRESSION, "a", 1, 0)], targets=[0], labels=[1])
+    learner, _ = one_step(tmp_path, each)
+    before = {name: value.clone() for name, value in learner.model.state_dict().items()}
+    row = learner.table.live(0)[0][0]
+    learner.table.weight[row] = float("nan")
+    _, skipped = learner.learn(assemble([each], 2))
+    assert skipped == "loss"
+    assert all(torch.equal(value, before[name]) for name, value in learner.model.state_dict().items())
+    assert learner.step == 2
+
+
+def test_a_trainer_that_reads_nothing_still_serves_a_first_version(tmp_path: Path) -> None:
+    publisher = MemoryPublisher()
+    trainer = build(settings(tmp_path), MemorySource([[], []]), publisher)
+    assert isinstance(trainer._clock, ManualClock)
+    trainer.start()
+    tick(trainer, 3)
+    assert [(m.kind, m.step, m.horizon_ms) for m, _ in publisher.versions] == [("snapshot", 0, 1_000_000)]
+    crash(trainer)
