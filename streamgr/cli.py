@@ -138,22 +138,21 @@ def _sequences(args: argparse.Namespace, config: Config, origin: dict[str, str])
 
 
 def _examples(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> int:
-    from streamgr.sequence import views
+    from streamgr.sequence import listing
 
-    return _lines(views.examples(config, limit=args.limit))
+    return _lines(listing.examples(config, args.limit))
 
 
 def _weights(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> int:
     from streamgr.clock import SystemClock
-    from streamgr.telemetry import Log
     from streamgr.weights import views
 
-    log = Log("weights", config.telemetry, SystemClock())
+    clock = SystemClock()
     if args.verb == "list":
-        return _lines(views.list_versions(config, log))
+        return _lines(views.list_versions(config, clock))
     if args.verb == "show":
-        return _lines([views.show(config, log, args.version)])
-    verdict = views.verify(config, log, args.version)
+        return _lines([views.show(config, clock, args.version)])
+    verdict = views.verify(config, clock, args.version)
     _lines([verdict])
     return 0 if verdict["ok"] else 65
 

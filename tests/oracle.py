@@ -74,7 +74,18 @@ class Oracle:
         """The export: users sorted by id."""
         for user in sorted(self.users):
             held = sorted(self.users[user], key=lambda h: h.order)
-            yield {"user_id": user, "events": [self._shown(h, held) for h in held]}
+            yield {"user_id": user, "events": [self._shown(h, held) for h in self._first_of_runs(held)]}
+
+    @staticmethod
+    def _first_of_runs(held: list[Held]) -> Iterator[Held]:
+        """Of profiles, only the first of each constant run enters the sequence."""
+        features: object = None
+        for h in held:
+            if h.event["type"] == "profile":
+                if h.event.get("features", {}) == features:
+                    continue
+                features = h.event.get("features", {})
+            yield h
 
     def _hold(self, event: Json) -> None:
         held = self.users.setdefault(event["user_id"], [])

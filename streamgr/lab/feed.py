@@ -36,13 +36,13 @@ RANKED = counter("feed_rankings", "Slates, by where their order came from.", ("s
 WAITS = counter("feed_waits", "Times the feed waited for the trainer.")
 FIRST = gauge("feed_first_event_timestamp_seconds", "When the first event was sent; 0 before.")
 CLOSED = gauge("feed_closed", "1 when everything is sent and every label closed.")
-SOURCES = ("scorer", "no_weights", "slow", "unreachable", "refused", "behind")
+SOURCES = ("scorer", "untaught", "no_weights", "slow", "unreachable", "refused", "behind")
 for _source in SOURCES:
     RANKED.labels(_source)
 
 TICK_SECONDS = 0.01
 DEBT_SECONDS = 1.0  # events that a stall kept back for longer than this are never sent
-BREAK_SECONDS = 0.5  # after a slow or missing answer the scorer is left alone for so long
+BREAK_SECONDS = 0.5  # after a slow, missing or worthless answer the scorer is left alone for so long
 REST_SECONDS = 1.5  # a user comes back after this at the earliest, if there is anybody else
 
 
@@ -73,6 +73,7 @@ class Ranker:
             raise ConfigError(f"{address!r} is not HOST:PORT", where="--scorer")
         self._connection = http.client.HTTPConnection(host, int(port), timeout=timeout_seconds)
         self._clock, self._broken_until, self._broken_by = clock, 0.0, ""
+        self._started = clock.monotonic()
 
     def ask(self, user: str, candidates: list[str]) -> Ranking:
         """The candidates, best first; no items and the reason when there is no answer in time."""
@@ -85,19 +86,22 @@ class Ranker:
             content = answer.read()
             if answer.status == 200:
                 told = msgspec.json.decode(content)
-                age = told["model_age_seconds"]
-                return Ranking("scorer", [item["item_id"] for item in told["items"]], float(age or 0.0))
-            return Ranking("no_weights" if b"no_weights" in content else "refused", [])
+                age = float(told["model_age_seconds"])
+                if age > self._clock.monotonic() - self._started:
+                    return self._broken("untaught")  # weights from before our first event: as good as random
+                return Ranking("scorer", [item["item_id"] for item in told["items"]], age)
+            return self._broken("no_weights" if b"no_weights" in content else "refused")
         except TimeoutError:
+            self._connection.close()  # or the late answer would be taken for that of the next request
             return self._broken("slow")
         except (OSError, http.client.HTTPException):
+            self._connection.close()
             return self._broken("unreachable")
 
     def close(self) -> None:
         self._connection.close()
 
     def _broken(self, source: str) -> Ranking:
-        self._connection.close()  # the next request opens it anew, so a late answer is never taken for its own
         self._broken_by, self._broken_until = source, self._clock.monotonic() + BREAK_SECONDS
         return Ranking(source, [])
 

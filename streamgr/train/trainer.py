@@ -135,6 +135,8 @@ class Trainer:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         torch.use_deterministic_algorithms(True)
+        # a debugging aid that costs a seventh of a step
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self._learner = Learner(config)
         prequential = Prequential(config.sequence.actions, settings.window_targets, settings.fade_targets)
         self._architecture = msgspec.to_builtins(

@@ -1,0 +1,34 @@
+"""The examples topic as a reader accepts it, for people: partition by partition, repetitions after a crash left out."""
+
+from collections.abc import Iterator
+
+from streamgr.config import Config
+from streamgr.kafka.consumer import Consumer
+from streamgr.sequence.examples import BEFORE_ALL, Example, decode
+from streamgr.sequence.views import Json, examples_json
+
+WAIT_SECONDS = 10.0  # a one-shot command: a broker that stays away this long is an error
+
+
+def examples(config: Config, limit: int = 0) -> Iterator[Json]:
+    """Every accepted example there is now, at most `limit` (0: all). Raises `BrokerUnreachable`, `DataError`."""
+    topic, count = config.topic("examples"), 0
+    consumer = Consumer(config.kafka, client_id="streamgr-examples-list")
+    try:
+        for partition in consumer.partitions(topic, wait_seconds=WAIT_SECONDS):
+            at, end = consumer.bounds(topic, partition, wait_seconds=WAIT_SECONDS)
+            consumer.assign({(topic, partition): at})
+            mark = BEFORE_ALL
+            while at < end:
+                for record in consumer.poll(timeout=0.2):
+                    at = record.offset + 1
+                    output = decode(record.value or b"")
+                    if not isinstance(output, Example) or (output.position <= mark and output.prev != BEFORE_ALL):
+                        continue
+                    mark = output.position
+                    yield examples_json(output, partition, config.sequence.actions)
+                    count += 1
+                    if count == limit:
+                        return
+    finally:
+        consumer.close()

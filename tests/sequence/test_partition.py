@@ -1,0 +1,446 @@
+"""What comes out is a function of the records alone, and is what the oracle of the contract says."""
+
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from streamgr import config
+from streamgr.errors import DataError
+from streamgr.events import IMPRESSION, Record, item_key
+from streamgr.sequence import examples as wire
+from streamgr.sequence import partition as module
+from streamgr.sequence import views
+from streamgr.sequence.partition import Partition, fingerprint
+from streamgr.state.rocks import Memory
+from streamgr.state.store import Meta, Store
+from tests.oracle import Oracle
+from tests.streams import events
+
+Json = dict[str, Any]
+MEMORY = Memory(config.State(cache_bytes=1 << 20, write_buffer_bytes=4 << 20))
+ACTIONS = ("click", "like")
+FAST = config.Sequence(
+    attribution_window_seconds=0.1,
+    lateness_seconds=0.05,
+    close_step_seconds=0.01,
+    history_length=4,
+    cached_users=1,
+)
+META = Meta(
+    cluster_id="c", topic_id="t", topic="e", partition=0, partitions=1, fingerprint="f", actions=ACTIONS,
+    window_ms=100, emits=True,
+)  # fmt: skip
+BATCHES = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def records(rows: Sequence[Json], append_ms: int = 10_000) -> list[Record]:
+    """One partition's log of events, {"erase": user}, heartbeats, and anything broken."""
+    log = []
+    for offset, row in enumerate(rows):
+        key: bytes | None = str(row.get("user_id", "")).encode() or None
+        value: bytes | None = json.dumps(row).encode()
+        if "erase" in row:
+            key, value = row["erase"].encode(), None
+        log.append(Record("e", 0, offset, key, value, append_ms + offset))
+    return log
+
+
+@contextmanager
+def directory() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="partition-"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
+
+
+class Run:
+    """A partition over a store of its own; outputs by position, each held to say the same every time."""
+
+    def __init__(self, path: Path, how: config.Sequence = FAST, *, emits: bool = True) -> None:
+        self.path, self.how, self.emits = path / "p00000", how, emits
+        self.outputs: dict[tuple[int, int], bytes] = {}
+        self.order: list[wire.Example] = []
+        self.dead: dict[int, str] = {}
+        self.duplicates = self.late = 0
+        self.store = self.opened()
+        self.partition = Partition(self.store, how, "f", emits=emits)
+
+    def opened(self) -> Store:
+        store = Store(self.path, MEMORY)
+        store.claim(META)
+        return store
+
+    def apply(self, log: Sequence[Record]) -> None:
+        out = self.partition.apply(log)
+        for example in out.examples:
+            assert self.outputs.setdefault(example.position, wire.encode(example)) == wire.encode(example)
+            self.order.append(example)
+        self.dead |= {record.offset: bad.reason for record, bad in out.dead_letters}
+        self.duplicates += out.duplicates
+        self.late += out.late
+
+    def crash(self) -> None:
+        """All that was not committed is gone."""
+        self.store.close()
+        self.store = self.opened()
+        self.partition = Partition(self.store, self.how, "f", emits=self.emits)
+
+    def exported(self) -> list[Json]:
+        self.partition.commit()
+        return [views.sequence(self.store, user) for user in sorted(self.store.users())]
+
+    def targets(self) -> Counter[tuple[int, str, str, tuple[str, ...]]]:
+        found = Counter()
+        for value in self.outputs.values():
+            example = wire.decode(value)
+            assert isinstance(example, wire.Example)
+            shown = views.examples_json(example, 0, ACTIONS)
+            for t in shown["targets"]:
+                found[shown["position"]["offset"], example.user, t["event_id"], tuple(t["labels"])] += 1
+        return found
+
+
+# --- streams: two users, three items, few times, so that everything meets everything ---
+
+TIME = st.integers(0, 400)
+ID = st.sampled_from(["a", "b", "c", "d", "e", "f"])
+EVENT = st.fixed_dictionaries(
+    {
+        "type": st.sampled_from(["impression", "impression", "click", "like", "profile"]),
+        "event_id": ID,
+        "user_id": st.sampled_from(["u", "v"]),
+        "item_id": st.sampled_from(["x", "y", "z"]),
+        "event_time": TIME,
+    },
+    optional={"request_id": st.sampled_from(["r", "s"]), "features": st.just({"country": "BR"})},
+)
+HEARTBEAT = st.fixed_dictionaries({"type": st.just("heartbeat"), "event_time": TIME})
+ERASURE = st.fixed_dictionaries({"erase": st.sampled_from(["u", "v", "nobody"])})
+BROKEN = st.just({"type": "purchase", "user_id": "u"})
+STREAM = st.lists(st.one_of(EVENT, EVENT, EVENT, EVENT, EVENT, HEARTBEAT, ERASURE, BROKEN), min_size=1, max_size=60)
+# after how many records: go on, commit, or crash
+CUTS = st.lists(st.tuples(st.integers(1, 12), st.sampled_from(["on", "commit", "crash"])), max_size=30)
+
+
+def drive(run: Run, log: Sequence[Record], cuts: Sequence[tuple[int, str]]) -> None:
+    """Apply the whole log, cut and broken as told; then all that is left, in one batch."""
+    for size, then in cuts:
+        at = run.partition.next_offset
+        run.apply(log[at : at + size])
+        if then == "commit":
+            run.partition.commit()
+        elif then == "crash":
+            run.crash()
+    run.apply(log[run.partition.next_offset :])
+
+
+@BATCHES
+@given(STREAM, CUTS)
+def test_batches_commits_and_crashes_change_nothing(rows: list[Json], cuts: list[tuple[int, str]]) -> None:
+    log = records([*rows, {"type": "heartbeat", "event_time": 10_000}])
+    with directory() as one, directory() as two:
+        whole, broken = Run(one), Run(two)
+        whole.apply(log)
+        drive(broken, log, cuts)
+        assert broken.outputs == whole.outputs
+        assert broken.dead == whole.dead
+        assert broken.exported() == whole.exported()
+        assert broken.partition.open_impressions == whole.partition.open_impressions == 0
+        assert list(broken.store.due()) == []
+        assert broken.store.progress == whole.store.progress
+        for run in (whole, broken):
+            run.store.close()
+
+
+@BATCHES
+@given(STREAM, CUTS)
+def test_targets_and_sequences_are_the_oracles(rows: list[Json], cuts: list[tuple[int, str]]) -> None:
+    rows = [*rows, {"type": "heartbeat", "event_time": 10_000}]
+    oracle = Oracle(window_ms=100, lateness_ms=50, step_ms=10)
+    for offset, row in enumerate(rows):
+        if row.get("type") != "purchase":
+            oracle.feed(offset, {k: v for k, v in row.items() if k != "item_id" or row["type"] != "profile"})
+    with directory() as path:
+        run = Run(path)
+        drive(run, records(rows), cuts)
+        assert run.targets() == Counter((t.offset, t.user, t.event_id, t.labels) for t in oracle.targets)
+        assert without_profiles(run.exported()) == without_profiles(oracle.sequences())
+        run.store.close()
+
+
+def without_profiles(sequences: Iterator[Json] | list[Json]) -> list[Json]:
+    """Runs of equal profiles have a test of their own."""
+    return [{**s, "events": [e for e in s["events"] if e["type"] != "profile"]} for s in sequences]
+
+
+@BATCHES
+@given(STREAM, CUTS)
+def test_a_window_is_the_sequence_as_it_stood_cut_at_its_last_target(rows: list[Json], cuts: list[Any]) -> None:
+    log = records([*rows, {"type": "heartbeat", "event_time": 10_000}])
+    kinds = {"impression": 1, "click": 2, "like": 3}
+    with directory() as path:
+        run = Run(path)
+        drive(run, log, cuts)
+        for value in run.outputs.values():
+            e = wire.decode(value)
+            assert isinstance(e, wire.Example)
+            stood: dict[tuple[Any, ...], Json] = {}
+            for row in rows[: e.position[0] + 1]:
+                if row.get("erase") == e.user:
+                    stood.clear()
+                elif row.get("user_id") == e.user and row["type"] in kinds:
+                    stood.setdefault((row["event_time"], kinds[row["type"]], row["event_id"]), row)
+            sequence = [stood[order] for order in sorted(stood)]
+            ids = [row["event_id"] for row in sequence]
+            h, last = e.history, int(e.target_index[-1])
+            assert last == len(h) - 1
+            found = [(int(t), int(k), int(i)) for t, k, i in zip(h.times, h.kinds, h.items, strict=True)]
+            whole = [(r["event_time"], kinds[r["type"]], item_key(r["item_id"])) for r in sequence]
+            ends = [n for n in range(1, len(whole) + 1) if whole[max(0, n - 4) : n] == found]
+            assert any(ids[n - 1] == e.target_events[-1] for n in ends)
+            for i, item in zip(e.target_index.tolist(), e.target_items, strict=True):
+                assert int(h.items[i]) == item_key(item)
+        run.store.close()
+
+
+@BATCHES
+@given(st.lists(EVENT, max_size=40), st.randoms(use_true_random=False))
+def test_disorder_within_the_lateness_changes_no_join_and_no_label(rows: list[Json], rng: Any) -> None:
+    rows = list({(r["user_id"], r["type"], r["event_time"], r["event_id"]): r for r in rows}.values())
+    end = [{"type": "heartbeat", "event_time": 10_000}]
+    seen = []
+    for spread in (0, 49):
+        arrival = sorted(rows, key=lambda r: r["event_time"] + rng.uniform(0, spread))
+        with directory() as path:
+            run = Run(path)
+            run.apply(records(arrival + end))
+            assert run.late == 0
+            seen.append((Counter(t[1:] for t in run.targets()), run.exported()))
+            run.store.close()
+    assert seen[0] == seen[1]
+
+
+def test_every_output_names_the_one_before(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    for start in range(0, 900, 50):
+        run.apply(records(events(5, 900, span_ms=9_000), append_ms=1_700_000_100_000)[start : start + 50])
+        run.partition.commit()
+        if start % 200 == 0:
+            run.crash()
+    assert len(run.order) > 50
+    mark = wire.BEFORE_ALL
+    for example in run.order:
+        assert example.prev == mark < example.position
+        mark = example.position
+    assert run.store.progress.last == mark
+
+
+def test_one_user_one_example_by_name_unless_its_targets_span_too_much(tmp_path: Path) -> None:
+    shown = [
+        {"type": "impression", "event_id": f"{u}{k}", "user_id": u, "item_id": "x", "event_time": k}
+        for k in range(7)
+        for u in ("b", "a")
+    ]
+    run = Run(tmp_path)
+    run.apply(records([*shown, {"type": "heartbeat", "event_time": 500}]))
+    assert [(e.user, e.target_events, e.position) for e in run.order] == [
+        ("a", ["a0", "a1"], (14, 0)),
+        ("a", ["a2", "a3"], (14, 1)),
+        ("a", ["a4", "a5"], (14, 2)),
+        ("a", ["a6"], (14, 3)),
+        ("b", ["b0", "b1"], (14, 4)),
+        ("b", ["b2", "b3"], (14, 5)),
+        ("b", ["b4", "b5"], (14, 6)),
+        ("b", ["b6"], (14, 7)),
+    ]
+    assert [len(e.history) for e in run.order[:4]] == [2, 4, 4, 4]
+    assert run.order[0].append_ms == 10_014
+    assert run.order[0].target_append_ms.tolist() == [10_001, 10_003]
+
+
+def test_the_same_event_again_changes_nothing_even_much_later(tmp_path: Path) -> None:
+    first = {"type": "click", "event_id": "e", "user_id": "u", "item_id": "x", "event_time": 3}
+    run = Run(tmp_path)
+    run.apply(records([first, {**first, "item_id": "another item"}, {**first, "type": "like"}]))
+    run.partition.commit()
+    rest = [{**first, "event_id": f"n{k}", "event_time": 1_000 + k} for k in range(50)]
+    run.apply(records([first] * 3 + rest + [first])[3:])
+    run.partition.commit()
+    run.crash()
+    before = run.store.progress.seen
+    run.apply(records([first] * 54 + [first, {**first, "type": "profile"}, {**first, "type": "profile"}])[54:])
+    assert run.duplicates == 4
+    assert run.partition.newest_event_ms == before
+    assert [e["event_id"] for e in run.exported()[0]["events"][:3]] == ["e", "e", "e"]  # profile, click, like
+
+
+def test_late_events_are_kept_marked_and_change_no_label(tmp_path: Path) -> None:
+    def row(kind: str, event_id: str, time: int, item: str = "x") -> Json:
+        return {"type": kind, "event_id": event_id, "user_id": "u", "item_id": item, "event_time": time}
+
+    run = Run(tmp_path)
+    run.apply(
+        records(
+            [
+                row("impression", "shown", 100),
+                {"type": "heartbeat", "event_time": 250},  # the watermark is at 200: `shown` closes
+                row("impression", "too late", 100, "y"),
+                row("impression", "just in time", 101, "y"),
+                row("click", "late click", 150),
+                row("click", "organic, behind the watermark", 150, "z"),
+                row("click", "joins", 151, "y"),
+                {"type": "heartbeat", "event_time": 400},
+            ]
+        )
+    )
+    assert [(e.target_events, e.target_labels.tolist()) for e in run.order] == [
+        (["shown"], [0]),
+        (["just in time"], [1]),
+        (["organic, behind the watermark"], [1]),
+    ]
+    assert run.late == 2
+    shown = {e["event_id"]: (e.get("actions"), e.get("late")) for e in run.exported()[0]["events"]}
+    assert shown == {
+        "shown": (["click"], None),
+        "too late": (None, True),
+        "just in time": (["click"], None),
+        "late click": (None, True),
+        "organic, behind the watermark": (None, None),
+        "joins": (None, None),
+    }
+
+
+def test_an_old_organic_action_gets_the_window_of_its_own_time(tmp_path: Path) -> None:
+    """Its tail was trimmed long ago: it is read back from the store, before and after a restart."""
+    old = [
+        {"type": "like", "event_id": f"o{k}", "user_id": "u", "item_id": f"x{k}", "event_time": 10 * k}
+        for k in range(6)
+    ]
+    new = [
+        {"type": "like", "event_id": f"n{k}", "user_id": "u", "item_id": "x", "event_time": 5_000 + 10 * k}
+        for k in range(40)
+    ]
+    late = {"type": "click", "event_id": "late", "user_id": "u", "item_id": "z", "event_time": 25}
+    log = records([*old, *new, late, {"type": "heartbeat", "event_time": 9_000}])
+    for crash in (False, True):
+        run = Run(tmp_path / str(crash))
+        for start in range(0, 46, 5):
+            run.apply(log[start : min(start + 5, 46)])
+            run.partition.commit()
+        run.apply(log[46:47])
+        run.partition.commit()
+        if crash:
+            run.crash()
+        run.apply(log[47:])
+        by_last = {e.target_events[-1]: e for e in run.order}
+        assert by_last["late"].history.items.tolist() == [item_key(i) for i in ("x0", "x1", "x2", "z")]
+
+
+def test_a_follower_keeps_the_same_sequences_and_emits_nothing(tmp_path: Path) -> None:
+    log = records(events(6, 800, span_ms=9_000), append_ms=1_700_000_100_000)
+    leader, follower = Run(tmp_path / "a"), Run(tmp_path / "b", emits=False)
+    for start in range(0, len(log), 100):
+        leader.apply(log[start : start + 100])
+        follower.apply(log[start : start + 100])
+        for run in (leader, follower):
+            run.partition.commit()
+        for user in ("u0", "u1", "u7"):
+            seen = [r.partition.history(user, 1_700_000_003_000, 5) for r in (leader, follower)]
+            assert (seen[0] is None) == (seen[1] is None)
+            if seen[0] is not None and seen[1] is not None:
+                assert len(seen[0]) <= 5
+                assert seen[0].times.tolist() == seen[1].times.tolist()
+                assert (seen[0].times < 1_700_000_003_000).all()
+    assert leader.outputs
+    assert not follower.outputs
+    assert list(follower.store.due()) == []
+    assert leader.exported() == follower.exported()
+
+
+def test_history_is_the_newest_before_a_time(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.apply(
+        records(
+            [
+                {"type": "impression", "event_id": f"e{k}", "user_id": "u", "item_id": f"x{k}", "event_time": 100 * k}
+                for k in range(40)
+            ]
+            + [{"type": "profile", "event_id": "p", "user_id": "u", "event_time": 3_000}]
+        )
+    )
+    for before in ("uncommitted", "committed", "after a restart"):
+        h = run.partition.history("u", 3_000, 3)
+        assert h is not None, before
+        assert h.times.tolist() == [2_700, 2_800, 2_900]
+        assert h.kinds.tolist() == [IMPRESSION] * 3
+        early = run.partition.history("u", 250, 64)
+        assert early is not None
+        assert early.times.tolist() == [0, 100, 200]
+        assert run.partition.history("nobody", 3_000, 3) is None
+        run.partition.commit()
+        if before == "committed":
+            run.crash()
+
+
+def test_an_erased_user_leaves_nothing_and_may_come_back(tmp_path: Path) -> None:
+    shown = {"type": "impression", "event_id": "e", "user_id": "u", "item_id": "x", "event_time": 1}
+    run = Run(tmp_path)
+    run.apply(records([shown, {**shown, "event_id": "f", "user_id": "v"}]))
+    run.partition.commit()
+    run.apply(records([shown, shown, {"erase": "u"}])[2:])
+    assert not run.partition.knows("u")
+    assert run.partition.history("u", 10_000, 10) is None
+    assert run.partition.open_impressions == 1
+    run.apply(records([shown] * 3 + [shown])[3:])  # the same event is a new one now
+    run.apply(records([shown] * 4 + [{"erase": "u"}])[4:])
+    run.partition.commit()
+    assert list(run.store.users()) == ["v"]
+    assert [user for _, user, _ in run.store.due()] == ["v"]
+    assert list(run.store.database.scan("events"))[0][1] != b""
+    assert len(list(run.store.database.scan("events"))) == 1
+    assert run.duplicates == 0
+
+
+def test_two_items_under_one_key_stop_the_work_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "item_key", lambda text: 7)
+    row = {"type": "like", "event_id": "e", "user_id": "u", "item_id": "x", "event_time": 1}
+    run = Run(tmp_path)
+    run.apply(records([row]))
+    for _ in range(2):
+        with pytest.raises(DataError, match="'x' and 'y' share the key"):
+            run.apply(records([row, {**row, "event_id": "f", "item_id": "y"}])[1:])
+        run.partition.commit()
+        run.crash()
+
+
+def test_the_fingerprint_knows_every_setting_that_decides_what_is_emitted() -> None:
+    base = fingerprint("c", "t", FAST)
+    assert len(base) == 16
+    changed = [
+        {"attribution_window_seconds": 0.2},
+        {"lateness_seconds": 0.0},
+        {"close_step_seconds": 0.02},
+        {"max_step_seconds": 1.0},
+        {"history_length": 5},
+        {"actions": ("like", "click")},
+    ]
+    seen = {base, fingerprint("d", "t", FAST), fingerprint("c", "u", FAST)}
+    for fields in changed:
+        seen.add(fingerprint("c", "t", config.Sequence(**{**_fields(FAST), **fields})))
+    assert len(seen) == 3 + len(changed)
+    for fields in ({"cached_users": 7}, {"commit_interval_seconds": 5.0}, {"heartbeat_seconds": 1.0}):
+        assert fingerprint("c", "t", config.Sequence(**{**_fields(FAST), **fields})) == base
+
+
+def _fields(section: config.Sequence) -> Json:
+    return {name: getattr(section, name) for name in section.__struct_fields__}
