@@ -3,8 +3,8 @@
 The roles are the operator's own commands, run to the end of their input one after the other on one broker under a topic
 prefix of their own: topics apply → produce --close → sequencer --until-end → trainer --until-end, which writes what it
 predicted of each target before learning it. Then two checks that owe each other nothing: the census (every valid event
-in exactly one sequence, counted straight from the file) and the verdict (`lab.judge`). Action kinds that the log has and
-the configuration lacks are appended to `sequence.actions`.
+in exactly one sequence, counted straight from the file) and the verdict (`lab.judge`). Action kinds that the log has
+and the configuration lacks are appended to `sequence.actions`.
 
 The trainer reads examples in the order of their watermarks; "test, then train" is per step: a step's targets are all
 predicted before any of them is learned. Baselines learn after every source record, which if anything favours them.
@@ -77,7 +77,7 @@ def evaluate(
             remedy="set KAFKA_HOME (with Java 17), or name a broker: --bootstrap HOST:PORT",
         )
     config = _own(config, dataset, broker, directory, clock)
-    prefix, actions = config.kafka.topic_prefix, config.sequence.actions
+    prefix, actions = config.kafka.topic_prefix, list(config.sequence.actions)
     specs = topics.load_specs(topics.specs_path(), prefix)
     for finding in topics.apply(config.kafka, specs):
         if finding.level == "fail":
@@ -127,7 +127,7 @@ def _own(config: Config, dataset: Dataset, broker: EmbeddedBroker, directory: Pa
         config,
         kafka=change(config.kafka, bootstrap=broker.bootstrap, topic_prefix=prefix),
         state=change(config.state, directory=str(directory / "state")),
-        sequence=change(config.sequence, actions=[*config.sequence.actions, *extra]),
+        sequence=change(config.sequence, actions=(*config.sequence.actions, *extra)),
         trainer=change(config.trainer, prequential_log=str(directory / "predictions.jsonl")),
     )
     file = directory / "config.toml"
@@ -175,7 +175,8 @@ def show(report: Json, console: Console) -> None:
     console.print(
         f"{report['events']:,} events of {counted['users']:,} users in {seconds['total']} s "
         f"({', '.join(f'{k} {v} s' for k, v in seconds.items() if k != 'total')}); broker: {report['broker']}\n"
-        f"census by {counted['method']}: {counted['expected']:,} in the file, {counted['found']:,} in sequences: {good}\n"
+        f"census by {counted['method']}: {counted['expected']:,} in the file, {counted['found']:,} in sequences: "
+        f"{good}\n"
         f"targets learned: {', '.join(f'{n:,} {kind}' for kind, n in report['targets'].items()) or 'none'}",
         soft_wrap=True,
         highlight=False,

@@ -72,13 +72,13 @@ class Ranker:
         if not host or not port.isdecimal():
             raise ConfigError(f"{address!r} is not HOST:PORT", where="--scorer")
         self._connection = http.client.HTTPConnection(host, int(port), timeout=timeout_seconds)
-        self._clock, self._broken_until, self._broken_by = clock, 0.0, ""
-        self._started = clock.monotonic()
+        self._clock, self._started = clock, clock.monotonic()
+        self._broken_until, self._broken = 0.0, Ranking("", [])
 
     def ask(self, user: str, candidates: list[str]) -> Ranking:
         """The candidates, best first; no items and the reason when there is no answer in time."""
         if self._clock.monotonic() < self._broken_until:
-            return Ranking(self._broken_by, [])
+            return self._broken
         try:
             body = msgspec.json.encode({"user_id": user, "candidates": candidates})
             self._connection.request("POST", "/v1/rank", body, {"Content-Type": "application/json"})
@@ -86,24 +86,25 @@ class Ranker:
             content = answer.read()
             if answer.status == 200:
                 told = msgspec.json.decode(content)
-                age = float(told["model_age_seconds"])
-                if age > self._clock.monotonic() - self._started:
-                    return self._broken("untaught")  # weights from before our first event: as good as random
+                age, elapsed = float(told["model_age_seconds"]), self._clock.monotonic() - self._started
+                if age > elapsed:  # weights from before our first event: no better than random
+                    return self._leave_alone("untaught", elapsed)
                 return Ranking("scorer", [item["item_id"] for item in told["items"]], age)
-            return self._broken("no_weights" if b"no_weights" in content else "refused")
+            return self._leave_alone("no_weights" if b"no_weights" in content else "refused")
         except TimeoutError:
             self._connection.close()  # or the late answer would be taken for that of the next request
-            return self._broken("slow")
+            return self._leave_alone("slow")
         except (OSError, http.client.HTTPException):
             self._connection.close()
-            return self._broken("unreachable")
+            return self._leave_alone("unreachable")
 
     def close(self) -> None:
         self._connection.close()
 
-    def _broken(self, source: str) -> Ranking:
-        self._broken_by, self._broken_until = source, self._clock.monotonic() + BREAK_SECONDS
-        return Ranking(source, [])
+    def _leave_alone(self, source: str, age_seconds: float = 0.0) -> Ranking:
+        self._broken_until = self._clock.monotonic() + BREAK_SECONDS
+        self._broken = Ranking(source, [], age_seconds)
+        return self._broken
 
 
 class Feed:

@@ -28,7 +28,7 @@ from streamgr.events import item_key
 from streamgr.model.recommender import Recommender
 from streamgr.model.table import IdTable
 from streamgr.telemetry import DURATION_BUCKETS, HORIZON, Log, histogram
-from streamgr.weights.manifest import Learned, Manifest, Rejected
+from streamgr.weights.manifest import Learned, Manifest, Reason, Rejected
 from streamgr.weights.payload import Payload
 from streamgr.weights.subscriber import REJECTED, Version
 
@@ -178,6 +178,9 @@ class LiveWeights:
     def _fitting(self, manifest: Manifest) -> Architecture:
         """The architecture of a version that may follow what is served; raises `Rejected`."""
         live = self._live
+        if live is not None and manifest.order <= live.manifest.order:
+            reason: Reason = "gap" if manifest.epoch == live.manifest.epoch else "epoch"
+            raise Rejected(reason, f"is not newer than {live.manifest.name()}", where=manifest.name())
         if manifest.kind == "delta" and live is not None and manifest.model_digest == live.manifest.model_digest:
             if (manifest.epoch, manifest.parent) != (live.manifest.epoch, live.manifest.version):
                 raise Rejected(

@@ -122,7 +122,7 @@ EVENT = st.fixed_dictionaries(
         "item_id": st.sampled_from(["x", "y", "z"]),
         "event_time": TIME,
     },
-    optional={"request_id": st.sampled_from(["r", "s"]), "features": st.just({"country": "BR"})},
+    optional={"request_id": st.sampled_from(["r", "s"]), "features": st.sampled_from([{}, {"country": "BR"}])},
 )
 HEARTBEAT = st.fixed_dictionaries({"type": st.just("heartbeat"), "event_time": TIME})
 ERASURE = st.fixed_dictionaries({"erase": st.sampled_from(["u", "v", "nobody"])})
@@ -174,13 +174,8 @@ def test_targets_and_sequences_are_the_oracles(rows: list[Json], cuts: list[tupl
         run = Run(path)
         drive(run, records(rows), cuts)
         assert run.targets() == Counter((t.offset, t.user, t.event_id, t.labels) for t in oracle.targets)
-        assert without_profiles(run.exported()) == without_profiles(oracle.sequences())
+        assert run.exported() == list(oracle.sequences())
         run.store.close()
-
-
-def without_profiles(sequences: Iterator[Json] | list[Json]) -> list[Json]:
-    """Runs of equal profiles have a test of their own."""
-    return [{**s, "events": [e for e in s["events"] if e["type"] != "profile"]} for s in sequences]
 
 
 @BATCHES
@@ -406,7 +401,6 @@ def test_an_erased_user_leaves_nothing_and_may_come_back(tmp_path: Path) -> None
     run.partition.commit()
     assert list(run.store.users()) == ["v"]
     assert [user for _, user, _ in run.store.due()] == ["v"]
-    assert list(run.store.database.scan("events"))[0][1] != b""
     assert len(list(run.store.database.scan("events"))) == 1
     assert run.duplicates == 0
 

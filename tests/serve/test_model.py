@@ -156,6 +156,16 @@ def test_a_delta_without_its_parent_is_refused_until_the_next_snapshot(live: Liv
     assert live.install(weights.publish(weights.learn(ITEMS)))
 
 
+def test_versions_never_go_back(live: LiveWeights) -> None:
+    weights = Weights(settings())
+    weights.learn(ITEMS)
+    old, new = weights.publish(), weights.publish()
+    assert live.install(new)
+    refused(live, new, "gap")
+    refused(live, old, "gap")
+    refused(live, Version(msgspec.structs.replace(new.manifest, epoch=0, version=7), new.payload, ()), "epoch")
+
+
 def test_what_belongs_to_another_model_is_refused_by_name(live: LiveWeights) -> None:
     weights = Weights(settings())
     rows = weights.learn(ITEMS)

@@ -15,7 +15,9 @@ from streamgr.serve.retrieval import best_first, similarities
     st.integers(1, 70),
     st.randoms(use_true_random=False),
 )
-def test_best_first_is_the_whole_order_whatever_it_sorts_at_a_time(scores: list[float], first: int, rng: object) -> None:
+def test_best_first_is_the_whole_order_whatever_it_sorts_at_a_time(
+    scores: list[float], first: int, rng: object
+) -> None:
     keys = list(range(len(scores)))
     rng.shuffle(keys)  # type: ignore[attr-defined]
     order = list(best_first(np.array(scores, np.float32), np.array(keys, np.uint64), first))
