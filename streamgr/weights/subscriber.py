@@ -170,11 +170,10 @@ class Subscriber:
         covers = tuple(m for m in self._ahead if m.order <= manifest.order) if self._served else ()
         while self._ahead and self._ahead[0].order <= manifest.order:
             self._refused.discard(self._ahead.popleft().order)
-        self._served = manifest
+        self._served, self._fetching = manifest, None
         VERSION.labels("scorer").set(manifest.version)
-        self._log.info(
-            "weights_received", version=manifest.version, kind=manifest.kind, skipped=max(0, len(covers) - 1)
-        )
+        skipped = max(0, len(covers) - 1)
+        self._log.info("weights_received", version=manifest.version, kind=manifest.kind, skipped=skipped)
         return Version(manifest, payload, covers)
 
     def _refuse(self, manifest: Manifest, rejected: Rejected) -> None:

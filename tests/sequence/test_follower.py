@@ -1,6 +1,7 @@
 """The follower keeps what the sequencer keeps, and answers while it reads."""
 
 import threading
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ def test_it_answers_from_other_threads_while_it_reads(town: Town) -> None:
                 if len(h) > 50 or (h.times[1:] < h.times[:-1]).any():
                     problems.append(user)
                 events = f.sequence(user)["events"]
-                if any(b["event_time"] < a["event_time"] for a, b in zip(events, events[1:], strict=False)):
+                if any(b["event_time"] < a["event_time"] for a, b in pairwise(events)):
                     problems.append(user)
 
     threads = [threading.Thread(target=ask) for _ in range(3)]

@@ -39,7 +39,7 @@ META = Meta(
     cluster_id="c", topic_id="t", topic="e", partition=0, partitions=1, fingerprint="f", actions=ACTIONS,
     window_ms=100, emits=True,
 )  # fmt: skip
-BATCHES = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+BATCHES = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def records(rows: Sequence[Json], append_ms: int = 10_000) -> list[Record]:
@@ -89,10 +89,11 @@ class Run:
         self.duplicates += out.duplicates
         self.late += out.late
 
-    def crash(self) -> None:
+    def crash(self, *, reopen: bool = True) -> None:
         """All that was not committed is gone."""
-        self.store.close()
-        self.store = self.opened()
+        if reopen:
+            self.store.close()
+            self.store = self.opened()
         self.partition = Partition(self.store, self.how, "f", emits=self.emits)
 
     def exported(self) -> list[Json]:
@@ -140,7 +141,7 @@ def drive(run: Run, log: Sequence[Record], cuts: Sequence[tuple[int, str]]) -> N
         if then == "commit":
             run.partition.commit()
         elif then == "crash":
-            run.crash()
+            run.crash(reopen=False)
     run.apply(log[run.partition.next_offset :])
 
 
