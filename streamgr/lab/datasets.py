@@ -133,7 +133,7 @@ class Dataset:
             raise DataError("the file is empty", where=str(path), remedy="name a file with rows")
         self._json = first.lstrip().startswith(b"{")
         self._delimiter = "\t" if first.count(b"\t") > first.count(b",") else ","
-        self.layout = _layout(mapping, columns or {}, self._header(first), path)
+        self.layout = _layout(mapping, columns or {}, self._header(first), path, fixed=not self._json)
         stem = path.name.removesuffix(".gz").rsplit(".", 1)[0]
         self.name = stem if self.layout.name in ("events", "columns") else self.layout.name
         self._decoder = Decoder([], 0)
@@ -206,7 +206,7 @@ class Dataset:
             try:
                 return frozenset(_object(first))
             except _BadRow:
-                return LAYOUTS["events"].header  # the row itself will say what is wrong with it
+                return frozenset()  # the row itself will say what is wrong with it
         return frozenset(next(csv.reader([first.decode(errors="replace")], delimiter=self._delimiter)))
 
     def _raw_rows(self) -> Iterator[tuple[int, "Json | bytes | str"]]:
@@ -280,41 +280,46 @@ def _size(path: Path) -> int:
         raise UsageError(f"cannot read the file: {error.strerror}", where=str(path)) from None
 
 
-def _layout(mapping: str, columns: Mapping[str, str], header: frozenset[str], path: Path) -> Layout:
-    """The named, own, or recognised layout; all its columns must be in the header."""
+def _layout(mapping: str, columns: Mapping[str, str], header: frozenset[str], path: Path, *, fixed: bool) -> Layout:
+    """The named, own, or recognised layout. `fixed`: every row has these columns (CSV), so they can be held to it."""
     if mapping and mapping not in LAYOUTS:
         raise UsageError(f"unknown mapping {mapping!r}", remedy=f"one of {', '.join(LAYOUTS)}, or --column")
-    for name in columns:
+    for name, column in columns.items():
         if name not in FIELDS and name != "event_time_s" and not name.startswith("features."):
             raise UsageError(
                 f"--column: {name!r} is no field of an event",
                 remedy=f"one of {', '.join(FIELDS)}, event_time_s, features.NAME",
             )
-    if missing := [c for c in columns.values() if not c.startswith("=") and c not in header]:
-        raise UsageError(
-            f"--column: no column {missing[0]!r}", where=str(path), remedy=f"one of {', '.join(sorted(header))}"
-        )
-    if mapping:
-        layout = LAYOUTS[mapping]
-    elif columns:
-        return Layout("columns", {n: n for n in FIELDS if n in header} | dict(columns))
-    else:
-        known = [layout for layout in LAYOUTS.values() if layout.header <= header]
-        if not known:
+        if fixed and not column.startswith("=") and column not in header:
             raise UsageError(
-                f"no known log has the columns {', '.join(sorted(header))}",
-                where=str(path),
-                remedy=f"name a mapping ({', '.join(LAYOUTS)}) or map columns: --column user_id=COLUMN …",
+                f"--column: no column {column!r}", where=str(path), remedy=f"one of {', '.join(sorted(header))}"
             )
-        layout = max(known, key=lambda one: len(one.header))
+    if columns and not mapping:
+        return Layout("columns", {name: name for name in FIELDS if name in header or not fixed} | dict(columns))
+    layout = LAYOUTS[mapping] if mapping else _recognised(header, path, fixed=fixed)
     replaced = {layout.columns.get(name) for name in columns}
-    if absent := (layout.header & set(layout.columns.values())) - header - replaced:
+    absent = (layout.header & set(layout.columns.values())) - header - replaced
+    if fixed and absent:
         raise DataError(
             f"no column {', '.join(sorted(absent))}",
             where=str(path),
             remedy=f"{layout.name!r} has {', '.join(sorted(layout.header))}; choose another mapping",
         )
     return layout if not columns else Layout(layout.name, {**layout.columns, **columns}, layout.header, layout.expand)
+
+
+def _recognised(header: frozenset[str], path: Path, *, fixed: bool) -> Layout:
+    """The layout with the most columns that are all there; JSON lines of no known log are taken as our own events."""
+    known = [layout for layout in LAYOUTS.values() if layout.header <= header]
+    if known:
+        return max(known, key=lambda layout: len(layout.header))
+    if not fixed:
+        return LAYOUTS["events"]
+    raise UsageError(
+        f"no known log has the columns {', '.join(sorted(header))}",
+        where=str(path),
+        remedy=f"name a mapping ({', '.join(LAYOUTS)}) or map columns: --column user_id=COLUMN …",
+    )
 
 
 def _object(line: bytes) -> Json:

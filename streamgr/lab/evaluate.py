@@ -7,7 +7,9 @@ in exactly one sequence, counted straight from the file) and the verdict (`lab.j
 and the configuration lacks are appended to `sequence.actions`.
 
 The trainer reads examples in the order of their watermarks; "test, then train" is per step: a step's targets are all
-predicted before any of them is learned. Baselines learn after every source record, which if anything favours them.
+predicted before any of them is learned. A backlog fills every step, and with the default 16,384 tokens one step would
+be hours of a small log, in which items are born and forgotten; so steps are cut to at most `STEP_TOKENS` here, nearer
+to what a live trainer takes. Baselines learn after every source record, which if anything favours them.
 """
 
 import argparse
@@ -46,8 +48,13 @@ from streamgr.service import Stop
 Json = dict[str, Any]
 BASELINES: Mapping[str, Callable[[list[str]], Baseline]] = {
     "popularity": Popularity,
+    "popularity-1h": lambda actions: Popularity(actions, 3_600),
+    "popularity-7d": lambda actions: Popularity(actions, 7 * 86_400),
     "recency": lambda actions: Recency(),
+    "recency-global": lambda actions: Recency(own_items=0),
 }
+STEP_TOKENS = 1_024
+WIDTH = 120  # of the tables where there is no terminal
 MOCK_EVENTS = 2_000  # the mock broker forgets what is more than about 5 MB a partition
 
 
@@ -107,6 +114,8 @@ def evaluate(
         "topic_prefix": prefix,
         "actions": actions,
         "models": models,
+        "step_tokens": config.trainer.batch_tokens,
+        "history_length": config.sequence.history_length,
         "events": published.events,
         "heartbeats": published.heartbeats,
         "skipped": published.skipped,
@@ -128,7 +137,11 @@ def _own(config: Config, dataset: Dataset, broker: EmbeddedBroker, directory: Pa
         kafka=change(config.kafka, bootstrap=broker.bootstrap, topic_prefix=prefix),
         state=change(config.state, directory=str(directory / "state")),
         sequence=change(config.sequence, actions=(*config.sequence.actions, *extra)),
-        trainer=change(config.trainer, prequential_log=str(directory / "predictions.jsonl")),
+        trainer=change(
+            config.trainer,
+            batch_tokens=min(config.trainer.batch_tokens, STEP_TOKENS),
+            prequential_log=str(directory / "predictions.jsonl"),
+        ),
     )
     file = directory / "config.toml"
     file.touch(mode=0o600)  # it may hold a password
@@ -151,6 +164,8 @@ def _to_the_end(children: Children, role: str, directory: Path, clock: Clock, st
 def run(config: Config, args: argparse.Namespace) -> int:
     """The command: args.file, .mapping, .bootstrap, .models (with commas), .json."""
     clock, stop, console = SystemClock(), Stop().on_signals(), Console(stderr=True)
+    if not console.is_terminal:
+        console.width = WIDTH
     models = [name.strip() for name in args.models.split(",") if name.strip()]
     if unknown := [name for name in models if name != MODEL and name not in BASELINES]:
         raise UsageError(f"--models: unknown {', '.join(unknown)}", remedy=f"known: {', '.join((MODEL, *BASELINES))}")

@@ -256,11 +256,13 @@ class IdTable:
 
     def _find(self, keys: U64, horizon: int) -> I64:
         """i64[n]: the live slot of each key, -1 without one."""
-        slots = self._candidates(keys)
-        match = (self._keys[slots] == keys[:, None]) & (self._last_ms[slots] >= horizon)
-        at = match.argmax(1)
-        hit = match[np.arange(len(keys)), at]
-        return np.where(hit, slots[np.arange(len(keys)), at], -1)
+        slots = np.full(len(keys), -1, np.int64)
+        held_keys, last_ms = (x.reshape(self._buckets, self._width) for x in (self._keys, self._last_ms))
+        for bucket in buckets(keys, self._buckets):
+            match = (held_keys[bucket] == keys[:, None]) & (last_ms[bucket] >= horizon)
+            hit, column = np.nonzero(match)
+            slots[hit] = bucket[hit] * self._width + column
+        return slots
 
     def _rows(self, keys: U64, slots: I64) -> tuple[I64, I64]:
         a, b = fallback_rows(keys, self.settings.fallback_rows)

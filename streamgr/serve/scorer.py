@@ -11,6 +11,7 @@ the role with its error. On stop: readiness off, the requests at work finish, th
 
 import logging
 import socket
+import sys
 import threading
 import traceback
 from collections.abc import Callable
@@ -37,6 +38,7 @@ from streamgr.telemetry import Health, Log
 from streamgr.weights.subscriber import Subscriber
 
 DRAIN_SECONDS = 10.0
+SWITCH_SECONDS = 0.001  # a request takes the GIL back some hundred times, each time perhaps from the follower
 TURN_SECONDS = 0.25  # how long one turn of a loop waits for something to do
 
 
@@ -60,6 +62,7 @@ class Scorer:
     def run(self) -> None:
         """Serve until told to stop."""
         torch.set_num_threads(1)  # requests are small; parallelism is `scorer.threads`
+        sys.setswitchinterval(SWITCH_SECONDS)
         listening = _listen(self._config)
         self.port = int(listening.getsockname()[1])
         if self._config.scorer.score_sample > 0:
@@ -220,7 +223,7 @@ def _listen(config: Config) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=socket.AI_PASSIVE
         )[0]
-        # With its protocol named (`socket.create_server` does not), or asyncio leaves Nagle's algorithm on: 40 ms an answer
+        # With its protocol named, which `socket.create_server` does not: else asyncio leaves Nagle on, 40 ms an answer
         listening = socket.socket(family, kind, protocol)
     except OSError as error:
         raise _unusable(host, port, error) from None

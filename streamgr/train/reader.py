@@ -20,6 +20,7 @@ from streamgr.events import Record
 from streamgr.sequence.examples import BEFORE_ALL, Example, Position, decode
 from streamgr.train.lane import Lane, LaneState, Waiting
 
+MANY_STEPS, FEW_STEPS = 8, 2  # of tokens waiting in a lane: stop fetching, fetch again
 END_SECONDS = 0.5  # how long an end offset may be believed when a lane waits for another
 
 
@@ -73,11 +74,14 @@ class ExamplesReader:
         self._source, self._topic, self._clock = source, topic, clock
         self._budget, self._max_skew_ms = batch_tokens, max_skew_ms
         self.lanes: dict[int, Lane] = {}
+        self.jumped = False  # `accept_loss` let a known position pass over records that are gone
         for partition in source.partitions(topic):
             state = states.get(partition)
             if state is None or accept_loss:
                 state = state or LaneState()
-                state.next_offset = max(state.next_offset, source.bounds(topic, partition)[0])
+                low = source.bounds(topic, partition)[0]
+                self.jumped |= 0 < state.next_offset < low
+                state.next_offset = max(state.next_offset, low)
             self.lanes[partition] = Lane(topic, partition, state, accept_loss=accept_loss)
         if gone := sorted(set(states) - set(self.lanes)):
             raise DataError(
@@ -208,8 +212,12 @@ class ExamplesReader:
         return Formed(taken)
 
     def _hold_back(self) -> None:
-        """Backpressure: a lane with two steps waiting is not fetched."""
-        full = {p for p, lane in self.lanes.items() if lane.queued_tokens > 2 * self._budget}
+        """Backpressure: a lane with many steps waiting is not fetched until it has but few."""
+        full = {
+            p
+            for p, lane in self.lanes.items()
+            if lane.queued_tokens > (FEW_STEPS if p in self._paused else MANY_STEPS) * self._budget
+        }
         if added := full - self._paused:
             self._source.pause(self._topic, sorted(added))
         if removed := self._paused - full:

@@ -74,6 +74,9 @@ class Trainer:
         self._given = source, publisher
         self._closing = ExitStack()
         self._directory = config.role_directory("trainer")
+        self._news = False  # something was learned since the last version
+        self._busy = False  # the last turn took a step: there may be work for another at once
+        self._published = self._checkpointed = 0.0
 
     def run(self) -> None:
         """Learn and publish until told to stop; then publish, checkpoint and leave."""
@@ -114,8 +117,10 @@ class Trainer:
     def turn(self) -> None:
         """Once around the loop."""
         settings = self._config.trainer
-        self._reader.poll(0.05)
-        if (formed := self._reader.form()) is not None:
+        self._reader.poll(0.0 if self._busy else 0.05)
+        formed = self._reader.form()
+        self._busy = formed is not None
+        if formed is not None:
             self._steps.append(Step(self._learner.step + 1, self._reader.ends(formed)))
             self._learn(formed)
         if self._due(self._published, settings.publish_seconds) and (self._news or self._horizon_moved()):
@@ -179,8 +184,7 @@ class Trainer:
             max_skew_ms=round(settings.max_skew_seconds * 1000),
             accept_loss=settings.accept_loss,
         )
-        self._since = 0
-        self._news = False
+        self._since = 0  # the table's mark at the last version
         self._published = self._checkpointed = self._clock.monotonic()
         self._stats = self._learner.table.stats()
         return self._recover()
@@ -207,6 +211,10 @@ class Trainer:
         False when stopped half-way: what is behind the versions already served must be neither published nor kept.
         """
         steps = self._steps.after(self._learner.step)
+        if steps and self._reader.jumped:
+            self._log.warning("steps_lost", f"{len(steps)} steps cannot be formed again: their examples are gone")
+            self._steps.forget(steps[-1].step)
+            steps = []
         if steps:
             self._log.info("recovering", f"{len(steps)} steps since the checkpoint", step=self._learner.step)
         for step in steps:

@@ -99,6 +99,15 @@ def test_own_columns_constants_seconds_and_features(tmp_path: Path) -> None:
     assert (published(row)["user_id"], row.key, row.event.time) == (5, b"5", 7)
 
 
+def test_the_first_of_our_own_lines_need_not_be_a_full_event(tmp_path: Path) -> None:
+    good = '{"type":"click","user_id":"u","item_id":"i","event_time":5}\n'
+    (beat, click) = read(write(tmp_path / "log.jsonl", '{"type":"heartbeat","event_time":4}\n' + good))
+    assert (beat.event, click.key) == (Heartbeat(4), b"u")
+    for first in ('{"user_id":"u"}\n', "{\n"):
+        dataset = Dataset(write(tmp_path / "log.jsonl", first + good), skip_bad_rows=True)
+        assert [row.number for row in dataset.rows()] == [2]
+
+
 def test_a_column_of_a_ready_made_mapping_can_be_replaced(tmp_path: Path) -> None:
     log = write(tmp_path / "x.csv", "ts_ms,person,item,rating\n1,2,3,5\n")
     (row,) = read(log, "movielens", columns={"user_id": "person"})

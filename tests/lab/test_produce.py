@@ -1,5 +1,6 @@
 """Publishing a file: keys, order, pace, heartbeats that carry the file's clock, and the end that closes every label."""
 
+import itertools
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -111,7 +112,7 @@ def test_gaps_are_crossed_in_steps_that_one_record_may_move_a_watermark(tmp_path
     log = sent(tmp_path, settings(max_step_seconds=limit / 1000), year, close=close)
     for partition in range(PARTITIONS):  # a partition without a user of its own
         beats = [T, *log.beats(partition)]
-        assert all(0 <= later - earlier <= limit for earlier, later in zip(beats, beats[1:], strict=False))
+        assert all(0 <= later - earlier <= limit for earlier, later in itertools.pairwise(beats))
         assert beats[-1] >= 900_000 + T + (WINDOW + LATENESS + STEP if close else -100_000)
         watermark = Watermark(LATENESS, STEP, limit)
         for time in beats:
@@ -154,7 +155,7 @@ def test_told_to_stop_it_confirms_and_says_so(tmp_path: Path) -> None:
     clock = ManualClock(T)
     log, stop = Log(clock), Waits(clock)
     stop.set()
-    with pytest.raises(TryAgain, match="after 0 events.*run it again"):
+    with pytest.raises(TryAgain, match=r"after 0 events.*run it again"):
         publish(settings(), lines(tmp_path / "l.jsonl", [T]), log, 1, clock=clock, stop=stop)
 
 

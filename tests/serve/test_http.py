@@ -10,6 +10,7 @@ import httpx
 import pytest
 from prometheus_client import REGISTRY
 
+from streamgr.serve import http
 from streamgr.serve.http import Desk
 from tests.serve.kit import NOW, FakeSequences, Service, Weights, settings, some_events
 
@@ -169,6 +170,17 @@ def test_a_body_over_one_mebibyte_is_refused_whatever_its_headers_say(client: Cl
     chunked = client.post("/v1/rank", content=in_pieces())
     assert "content-length" not in chunked.request.headers
     assert chunked.status_code == 413 and chunked.json()["error"] == "too_large"
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "BODY_SECONDS", 0.05)
+
+    async def never() -> AsyncIterator[bytes]:
+        yield b'{"user_id": '
+        await asyncio.Event().wait()
+
+    answer = client.post("/v1/rank", content=never())
+    assert (answer.status_code, answer.json()) == (408, {"error": "slow_body"})
 
 
 def test_before_the_first_version_there_are_no_weights(service: Service) -> None:

@@ -93,7 +93,7 @@ def test_the_trainers_prediction_is_the_scorers_answer(config: Config, tmp_path:
         assert live.install(version)
 
         batch = assemble(examples, len(ACTIONS))
-        catalogue = len(learner.table.live(batch.watermark_ms)[1])
+        catalogue = len(learner.table.live(learner.watermark_ms)[1])
         predictions, skipped = learner.learn(batch)
         assert not skipped
         starts = np.cumsum([0, *(len(e.target_index) for e in examples)])

@@ -218,7 +218,7 @@ def test_a_taken_port_is_named(tmp_path: Path) -> None:
     listening = scorer._listen(config)
     assert listening.proto == socket.IPPROTO_TCP  # else asyncio sets no TCP_NODELAY: 40 ms more for every answer
     taken = msgspec.structs.replace(config, scorer=Scorer(port=listening.getsockname()[1]))
-    with pytest.raises(ConfigError, match="scorer.port"):
+    with pytest.raises(ConfigError, match=r"scorer\.port"):
         scorer._listen(taken)
     listening.close()
 
@@ -246,3 +246,13 @@ def test_a_sample_of_the_answers_reaches_the_scores(broker: EmbeddedBroker, pref
     samples = [json.loads(record.value or b"") for record in records]
     assert {sample["user_id"] for sample in samples} == {"u1", "u3", "u5", "u7", "u9"}
     assert all(sample["kind"] == "rank" and len(sample["answer"]["items"]) == 2 for sample in samples)
+
+
+def test_without_a_broker_it_lives_says_why_and_leaves_when_told(tmp_path: Path) -> None:
+    config = configured("127.0.0.1:1", "t", tmp_path)
+    with running(config) as role:
+        assert role.ask("/livez")[0] == 200
+        status, conditions = role.ask("/readyz")
+        assert status == 503 and conditions["sequences"] == "waiting for the broker"
+        assert role.ask("/v1/rank", {"user_id": "u", "candidates": ["a"]}) == (503, {"error": "not_ready"})
+        assert role.ask("/v1/users/u/sequence") == (503, {"error": "not_ready"})

@@ -108,18 +108,33 @@ def test_an_unreadable_record_names_its_place() -> None:
         r.poll(0)
 
 
-def test_a_lane_with_two_steps_waiting_is_not_fetched() -> None:
+def test_a_lane_with_many_steps_waiting_is_not_fetched() -> None:
     source = MemorySource([log(list(range(30))), log([90])], 100)
-    r = reader(source, batch_tokens=8)
+    r = reader(source, batch_tokens=8)  # 90 tokens wait: more than 8 steps
     r.poll(0)
     r.poll(0)
     assert source.paused == {0}
-    while (formed := r.form()) is not None:
-        r.learned(formed)
-    r.poll(0)
-    assert source.paused == set()
+    for paused in (True, False):
+        while r.lanes[0].queued_tokens > (30 if paused else 0):
+            r.learned(r.form())
+        r.poll(0)
+        assert bool(source.paused) == paused
 
 
 def test_a_topic_with_fewer_partitions_than_the_checkpoint_is_refused() -> None:
     with pytest.raises(DataError, match=r"partitions \[4\]"):
         reader(MemorySource([[]]), {4: LaneState()})
+
+
+def test_accept_loss_starts_where_the_log_starts() -> None:
+    source = MemorySource([log([1, 2, 3])])
+    source.bounds = lambda topic, partition: (1, 3)
+    r = reader(source, {0: LaneState(next_offset=0)}, accept_loss=True)
+    assert (source.positions, r.jumped) == ({0: 1}, False)
+    source.bounds = lambda topic, partition: (2, 3)
+    r = reader(source, {0: LaneState(next_offset=1, mark=(0, 0))}, accept_loss=True)
+    assert (source.positions, r.jumped) == ({0: 2}, True)
+    r.poll(0)
+    formed = r.form()
+    assert formed is not None
+    assert [e.position for _, e in formed.examples] == [(20, 0)]

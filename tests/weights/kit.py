@@ -44,6 +44,9 @@ class MemoryLog:
         newest = {record.key: offset for offset, record in self.records[MANIFESTS].items()}
         self.records[MANIFESTS] = {o: r for o, r in self.records[MANIFESTS].items() if newest[r.key] == o}
 
+    def copy(self) -> "MemoryLog":
+        return MemoryLog({t: dict(r) for t, r in self.records.items()}, dict(self.low), dict(self.end))
+
     def replace(self, topic: str, offset: int, **changes: object) -> None:
         self.records[topic][offset] = self.records[topic][offset]._replace(**changes)
 
@@ -130,7 +133,8 @@ class World:
     def __init__(self, seed: int) -> None:
         self._random = np.random.default_rng(seed)
         self.dense = {"w": torch.zeros(3, 2), "b": torch.zeros(2)}
-        self.table: dict[int, tuple[int, int, list[float]]] = {}
+        # Rows that never change, so that a snapshot outweighs some deltas.
+        self.table: dict[int, tuple[int, int, list[float]]] = {r: (r, 5, [0.0] * 4) for r in range(100, 300)}
 
     def step(self) -> Payload:
         """Change everything dense and some rows; the delta of it."""
@@ -138,7 +142,10 @@ class World:
             self.dense[name] = tensor + torch.from_numpy(self._random.normal(size=tuple(tensor.shape))).float()
         rows = sorted(self._random.choice(40, size=int(self._random.integers(0, 8)), replace=False).tolist())
         for row in rows:
-            key, weight = int(self._random.integers(1, 1 << 60)), self._random.normal(size=4).astype(np.float32).tolist()
+            key, weight = (
+                int(self._random.integers(1, 1 << 60)),
+                self._random.normal(size=4).astype(np.float32).tolist(),
+            )
             self.table[row] = (key, int(self._random.integers(0, 1 << 40)), weight)
         return self._payload(rows)
 
@@ -194,18 +201,20 @@ def publish(made: Publisher, world: World, model: dict | None = None) -> tuple[i
 
 
 def drain(reader: Subscriber) -> list[Version]:
-    versions = []
-    while (version := reader.poll(0)) is not None:
-        versions.append(version)
+    """All that comes until two looks in a row bring nothing (one look may go into beginning again)."""
+    versions: list[Version] = []
+    idle = 0
+    while idle < 2:
+        version = reader.poll(0)
+        idle = 0 if version else idle + 1
+        versions += [version] if version else []
         assert len(versions) < 1_000, "the reader goes round in circles"
     return versions
 
 
 def rejected() -> dict[str, float]:
     """Refusals so far by reason."""
-    return {
-        s.labels["reason"]: s.value for m in REJECTED.collect() for s in m.samples if s.name.endswith("_total")
-    }
+    return {s.labels["reason"]: s.value for m in REJECTED.collect() for s in m.samples if s.name.endswith("_total")}
 
 
 def rejected_since(before: dict[str, float]) -> dict[str, int]:

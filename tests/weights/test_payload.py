@@ -1,6 +1,7 @@
 """Tensors to bytes and back: equal, or refused by name."""
 
 import json
+from hashlib import sha256
 
 import pytest
 import torch
@@ -26,9 +27,13 @@ def payloads(draw: st.DrawFn) -> Payload:
         n, width = len(rows), draw(st.integers(1, 3))
         payload |= {
             "table/rows": torch.tensor(rows, dtype=torch.int64),
-            "table/keys": torch.tensor(draw(st.lists(st.integers(0, 2**64 - 1), min_size=n, max_size=n)), dtype=torch.uint64),
+            "table/keys": torch.tensor(
+                draw(st.lists(st.integers(0, 2**64 - 1), min_size=n, max_size=n)), dtype=torch.uint64
+            ),
             "table/last_ms": torch.arange(n),
-            "table/weight": torch.randn(n, width, generator=generator).to(draw(st.sampled_from([torch.float32, torch.bfloat16]))),
+            "table/weight": torch.randn(n, width, generator=generator).to(
+                draw(st.sampled_from([torch.float32, torch.bfloat16]))
+            ),
         }
     return payload
 
@@ -67,7 +72,11 @@ def test_every_flipped_bit_is_named(bit: int) -> None:
         assert all(torch.equal(back[name], tensor) for name, tensor in SMALL.items())
 
 
-@given(st.integers(0, len(DATA) - 1).map(lambda n: DATA[:n]) | st.binary(max_size=60) | st.binary(min_size=1, max_size=4).map(lambda b: DATA + b))
+@given(
+    st.integers(0, len(DATA) - 1).map(lambda n: DATA[:n])
+    | st.binary(max_size=60)
+    | st.binary(min_size=1, max_size=4).map(lambda b: DATA + b)
+)
 def test_foreign_bytes_are_named(data: bytes) -> None:
     with pytest.raises(Rejected) as raised:
         decode(data, SPECS)
@@ -130,9 +139,7 @@ def test_what_is_no_payload_is_refused_on_both_sides(changes: Payload, reason: s
     for name, tensor in changes.items():
         raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         dtype = {torch.complex64: "C64", torch.bool: "BOOL"} | {t: n for n, t in DTYPES.items()}
-        import hashlib
-
-        specs[name] = TensorSpec(dtype[tensor.dtype], list(tensor.shape), hashlib.sha256(raw).hexdigest())
+        specs[name] = TensorSpec(dtype[tensor.dtype], list(tensor.shape), sha256(raw).hexdigest())
     with pytest.raises(Rejected) as raised:
         decode(data, specs)
     assert raised.value.reason == reason
@@ -140,7 +147,9 @@ def test_what_is_no_payload_is_refused_on_both_sides(changes: Payload, reason: s
 
 def test_a_delta_has_its_parents_form_whatever_its_number_of_rows() -> None:
     fewer = SPECS | {
-        name: TensorSpec(SPECS[name].dtype, [1, *SPECS[name].shape[1:]], "") for name in SPECS if name.startswith("table/")
+        name: TensorSpec(SPECS[name].dtype, [1, *SPECS[name].shape[1:]], "")
+        for name in SPECS
+        if name.startswith("table/")
     }
     require_same_form(fewer, SPECS)
     for other in (
