@@ -64,7 +64,9 @@ def _role(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> i
         if args.role == "sequencer":
             from streamgr.sequence.sequencer import Sequencer
 
-            sequencer = Sequencer(config, clock, log, health, stop)
+            sequencer = Sequencer(
+                config, clock, log, health, stop, rebuild=args.rebuild, accept_loss=args.accept_loss
+            )
             sequencer.run_until_end() if args.until_end else sequencer.run()
         elif args.role == "trainer":
             from streamgr.train.trainer import Trainer
@@ -231,6 +233,9 @@ def _parser() -> argparse.ArgumentParser:
         sub = add(role, _role, f"the {role}: {does}", f"streamgr {role} --config my.toml", role=role)
         if role != "scorer":
             sub.add_argument("--until-end", action="store_true", help="work up to the end of the input and leave")
+        if role == "sequencer":
+            sub.add_argument("--rebuild", action="store_true", help="start from an empty store")
+            sub.add_argument("--accept-loss", action="store_true", help="go on where the log no longer starts at 0")
 
     sub = add("topics", _topics, "compare or create the topics; never deletes", "streamgr topics apply")
     sub.add_argument("verb", choices=["check", "apply"])
@@ -267,7 +272,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("file", metavar="DATA")
     sub.add_argument("--mapping", default="")
     sub.add_argument("--bootstrap", metavar="HOST:PORT", help="use this broker instead of an embedded one")
-    sub.add_argument("--models", default="hstu,popularity,recency")
+    sub.add_argument("--models", default="hstu,popularity,popularity-1h,recency,recency-global")
     sub.add_argument("--json", action="store_true", help="the report as one JSON object, last line of stdout")
 
     sub = add("config", _config, "effective values and where each came from", "streamgr config show")

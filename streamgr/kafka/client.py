@@ -183,7 +183,7 @@ def ask(
             voice.complain(error)
             if stop or (end is not None and clock.monotonic() >= end):
                 raise problem from None
-        (stop or Stop()).wait(0.2)
+        (Stop() if stop is None else stop).wait(0.2)
 
 
 class Admin:

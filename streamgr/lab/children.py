@@ -81,6 +81,7 @@ class Children:
         self._directory, self._clock = directory, clock
         # what the demo has decided is in the files it writes; a variable would win over them
         self._environ = {name: value for name, value in environ.items() if not name.startswith("STREAMGR_")}
+        self._environ["TMPDIR"] = str(directory)  # whatever they leave behind goes with it
         self._all: list[Child] = []
 
     def start(self, name: str, *arguments: str, is_role: bool) -> Child:

@@ -1,6 +1,6 @@
 """`streamgr demo`: the whole loop on one machine, as the processes it consists of, watched and measured.
 
-    broker (embedded, or --bootstrap) ─ topics ─ sequencer, trainer, scorer ─ feed (or `produce` for --replay)
+    broker (embedded, or --bootstrap) ─ topics ─ sequencer, trainer, scorer ─ feed (for --replay: `replay.py`)
 
 The demo itself does nothing for the stream: it starts the real commands with a generated configuration in a temporary
 directory, reads their /metrics, and compares models beside them (`observer.py`). N seconds count from the first event;
@@ -27,6 +27,8 @@ from streamgr.kafka import topics
 from streamgr.kafka.embedded import EmbeddedBroker
 from streamgr.lab import report, scrape, stage
 from streamgr.lab.children import Child, Children
+from streamgr.lab.datasets import Dataset
+from streamgr.lab.replay import Replay
 from streamgr.lab.report import Figures
 from streamgr.service import Stop
 from streamgr.telemetry import Log
@@ -80,6 +82,7 @@ class Demo:
         self._replay = Path(args.replay) if args.replay else None
         self._directory = Path(stack.enter_context(TemporaryDirectory(prefix="streamgr-demo-")))
         self._survey: stage.Survey | None = None
+        self._feed: Child | Replay | None = None
         self._state, self._since = (0, 0, 0), clock.monotonic()
 
     # -- start
@@ -154,15 +157,20 @@ class Demo:
         self._observer.start()
         self._instruments = Instruments(self._stage, self._clock, self._observer, simulated=self._replay is None)
 
-    def _start_feed(self) -> Child:
-        file = ["--config", self._stage.files["feed"]]
+    def _start_feed(self) -> Child | Replay:
         if self._replay is not None:
-            how = ["--speed", str(self._args.speed), "--close", "--mapping", self._args.mapping]
-            command = ["-m", "streamgr", "produce", *file, *how, self._args.replay]
-            return self._children.start("produce", *command, is_role=False)
+            dataset = Dataset(self._replay, self._args.mapping)
+            return Replay(self._stage.config, dataset, self._args.speed, self._clock, self._on_their_way).start()
+        file = ["--config", self._stage.files["feed"]]
         how = ["--scorer", self._stage.scorer, "--oracle", str(self._stage.truth)]
         how += [] if self._seconds is None else ["--seconds", str(self._seconds)]
         return self._children.start("feed", "-m", "streamgr.lab.feed", *file, *how, is_role=False)
+
+    def _on_their_way(self, sent: int) -> int:
+        """Of the events sent: how many are not yet in sequences, or closed and not yet learned."""
+        sequencer = scrape.metrics(self._stage.ports["sequencer"]) or scrape.Metrics()
+        done = scrape.events(sequencer) + sequencer.count("dead_letters_total") + sequencer.count("duplicates_total")
+        return max(sent - done, self._observer.targets_emitted - self._observer.comparison.learned)
 
     def _await(self, what: str, waiting: Callable[[], str]) -> None:
         """Wait until `waiting` has no more reasons to; they are shown, and the wait is bounded."""
@@ -186,8 +194,10 @@ class Demo:
     def _no_event_yet(self) -> str:
         if self._replay is not None:
             sequencer = scrape.metrics(self._stage.ports["sequencer"])
-            done = self._feed.exit_code is not None or (sequencer and sequencer.count("events_total"))
-            return "" if done else "the file is being read"
+            done = (self._feed is not None and self._feed.exit_code is not None) or (
+                sequencer and scrape.events(sequencer)
+            )
+            return "" if done else "the log is being read"
         feed = scrape.metrics(self._stage.ports["feed"])
         return "" if feed and feed.total("feed_first_event_timestamp_seconds") else "the feed is starting"
 
@@ -214,7 +224,8 @@ class Demo:
         overtime = 0.0 if self._replay else AFTER_SECONDS / 3  # the feed keeps its time by itself
         if self._seconds is not None and self._elapsed() > self._seconds + overtime:
             return True
-        return self._feed.exit_code is not None and (self._seconds is not None or self._worked_off())
+        ended = self._feed is None or self._feed.exit_code is not None
+        return ended and (self._seconds is not None or self._worked_off())
 
     def _elapsed(self) -> float:
         return self._clock.monotonic() - self._first
@@ -224,6 +235,8 @@ class Demo:
         self._children.check()
         if self._observer.failure is not None:
             raise self._observer.failure
+        if isinstance(self._feed, Replay) and self._feed.failure is not None:
+            raise self._feed.failure
 
     def _say(self, text: str) -> None:
         self._console.print(text, soft_wrap=True, markup=False)
@@ -237,7 +250,8 @@ class Demo:
         if self._seconds is not None:
             left = max(2.0, self._seconds + left - self._elapsed())
         over = Deadline(self._clock, left)
-        self._feed.stop(Deadline(self._clock, min(3.0, left)))
+        if self._feed is not None:
+            self._feed.stop(Deadline(self._clock, min(3.0, left)))
         with self._console.status("learning and serving what is left"):
             self._wait(over, self._worked_off)
             served = Deadline(self._clock, min(over.remaining(), self._stage.config.trainer.publish_seconds + 1.5))

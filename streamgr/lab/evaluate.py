@@ -53,7 +53,7 @@ BASELINES: Mapping[str, Callable[[list[str]], Baseline]] = {
     "recency": lambda actions: Recency(),
     "recency-global": lambda actions: Recency(own_items=0),
 }
-STEP_TOKENS = 1_024
+STEP_TOKENS = 256
 WIDTH = 120  # of the tables where there is no terminal
 MOCK_EVENTS = 2_000  # the mock broker forgets what is more than about 5 MB a partition
 

@@ -38,8 +38,7 @@ class Instruments:
         if not (metrics := scrape.metrics(self._stage.ports["sequencer"])):
             return f
         config = self._stage.config
-        apart = sum(metrics.count("events_total", kind=kind) for kind in ("heartbeat", "erasure"))
-        events = metrics.count("events_total") - apart
+        events = scrape.events(metrics)
         now = self._clock.monotonic()
         self._history = [(t, n) for t, n in self._history if now - t < RATE_SECONDS] + [(now, events)]
         (t0, n0), (t1, n1) = self._history[0], self._history[-1]
@@ -87,7 +86,8 @@ class Instruments:
             targets_learned=comparison.learned,
             normalized_entropy={m: tally.normalized_entropy(m) for m in report.LABELS if judged},
             hit_rate={m: tally.hit_rate(m) for m in report.LABELS if judged},
-            judged=round(tally.targets) if judged else 0,
+            ranked=round(tally.targets) if judged else 0,
+            retrieved=round(tally.retrievals) if judged else 0,
             frozen_version=comparison.frozen_version,
             learned_at_freeze=comparison.learned_at_freeze,
             left_out=comparison.left_out,

@@ -46,7 +46,8 @@ class Figures:
     rate: Figure = None  # events per second, lately
     lag: Mapping[str, Figure] = field(default_factory=dict)  # role -> records behind the end
     weights_age: Figure = None  # now - horizon
-    judged: int = 0  # targets on which the models are compared
+    ranked: int = 0  # targets on which the models' probabilities are compared
+    retrieved: int = 0  # and those on which their lists are
     frozen_version: int | None = None
     learned_at_freeze: int = 0
     left_out: int = 0
@@ -126,11 +127,12 @@ def summary_text(f: Figures) -> str:
         ("frozen", frozen),
     ]
     text = [f"{name:22}{value}" for name, value in rows]
-    judged = f"(on {f.judged:,} targets after the freeze, {f.left_out:,} left out)"
-    text.append(f"{'':22}{'normalized entropy':>20}{'HR@10':>10}   {judged}")
+    text.append(f"{'after the freeze':22}{'normalized entropy':>20}{'HR@10':>10}")
     for model, label in LABELS.items():
         ne, hits = f.normalized_entropy.get(model), f.hit_rate.get(model)
         text.append(f"  {label:26}{_show(ne, 4):>14}{_show(hits, 4):>10}")
+    left_out = f"; {f.left_out:,} left out, by user" if f.left_out else ""
+    text.append(f"Compared on the same {f.ranked:,} shown and {f.retrieved:,} engaged targets{left_out}.")
     text.append("Percentiles are read from the scorer's histograms, linear within a bucket.")
     return "\n".join(text)
 

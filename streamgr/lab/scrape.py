@@ -47,6 +47,12 @@ class Metrics:
         return quantile(buckets, q)
 
 
+def events(sequencer: Metrics) -> int:
+    """Events committed to sequences: heartbeats and erasures are none."""
+    others = sum(sequencer.count("events_total", kind=kind) for kind in ("heartbeat", "erasure"))
+    return sequencer.count("events_total") - others
+
+
 def quantile(buckets: Mapping[float, float], q: float) -> float | None:
     """The `q` quantile of a histogram given as upper edge -> cumulative count, linear within a bucket.
 

@@ -24,13 +24,13 @@ from numpy.typing import NDArray
 from streamgr.config import Feed
 
 TOPICS = 5
-BASE = -1.9
+BASE = -1.5
 LIKE_BASE = -1.2
-PROPENSITY_SPREAD = 1.0
+PROPENSITY_SPREAD = 2.0  # from those who click on nearly everything to those who hardly ever do
 QUALITY_SPREAD = 0.9
-TASTE_SPREAD = 0.9
+TASTE_SPREAD = 0.6
 TASTE_DRIFT_SECONDS = 60.0  # how long a taste lasts
-MOOD = 1.1  # a user is either keen (+MOOD) or idle (-MOOD)
+MOOD = 0.7  # a user is either keen (+MOOD) or idle (-MOOD)
 MOOD_SECONDS = 15.0  # the mean time until a mood changes
 TIRED = 1.0  # an item once clicked is less likely to be clicked again
 POSITION_BIAS = 0.04  # place k is examined with probability 1 / (1 + POSITION_BIAS * k)

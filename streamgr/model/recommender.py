@@ -19,6 +19,7 @@ from streamgr.model.hstu import Seen, Stack, normal
 from streamgr.model.tokens import Tokens, tokenize
 
 CANDIDATES_A_PASS = 512
+KIND_STD = 0.3  # what a user did must stand out from which item it was
 
 
 class Recommender(nn.Module):
@@ -28,7 +29,7 @@ class Recommender(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.settings, self.actions = settings, tuple(actions)
-        self.kinds = normal((FIRST_ACTION + len(self.actions), settings.dim), generator, 0.1)
+        self.kinds = normal((FIRST_ACTION + len(self.actions), settings.dim), generator, KIND_STD)
         self.stack = Stack(settings, generator)
         self.ranking = RankingHead(settings.dim, len(self.actions), generator)
         self.retrieval = RetrievalHead(settings.dim, generator)

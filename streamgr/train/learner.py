@@ -4,6 +4,7 @@ The order within a step, and why:
 
 1. What is live *before* the batch is the catalogue that retrieval is judged on: an item that this very batch brings
    counts as a miss, whatever its vector would have scored.
+   Expiry, too, is judged at the watermark of the steps before: it is the one the served version carries.
 2. The batch's ids are mapped (admitted, touched, evicted). A new slot starts as its key's fallback vector, so mapping
    changes no prediction: what the scorer answers with the same weights is what is judged here (decision 1).
 3. One forward pass. Its probabilities and ranks go to the prequential figures, as they were before learning.
@@ -70,7 +71,6 @@ class Learner:
     def learn(self, batch: Batch) -> tuple[Predictions, str]:
         """Take one step; returns what was predicted before it, and why nothing was learned ("" when it was)."""
         self.step += 1
-        self.watermark_ms = max(self.watermark_ms, batch.watermark_ms)
         catalogue = self._catalogue() if len(batch.targets.retrieved) else None
         lookup = self.table.map(batch.tokens.items, batch.tokens.times, watermark_ms=self.watermark_ms)
         self.sparse.reset(torch.from_numpy(lookup.fresh))
@@ -96,7 +96,9 @@ class Learner:
                 negative_keys,
                 self._model_settings.temperature,
             )
-        return predictions, self._descend(loss, rows, leaf)
+        why_not = self._descend(loss, rows, leaf)
+        self.watermark_ms = max(self.watermark_ms, batch.watermark_ms)
+        return predictions, why_not
 
     def _gather(self, lookup: Lookup) -> tuple[Tensor, Tensor, Tensor, Tensor, NDArray[np.uint64]]:
         """The rows that this step may change i64[k], as one leaf f32[k, D]; the token vectors f32[T, D] and negatives

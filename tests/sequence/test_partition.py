@@ -221,7 +221,7 @@ def test_disorder_within_the_lateness_changes_no_join_and_no_label(rows: list[Js
             run = Run(path)
             run.apply(records(arrival + end))
             assert run.late == 0
-            seen.append((Counter(t[1:] for t in run.targets()), run.exported()))
+            seen.append((Counter(t[1:] for t in run.targets().elements()), run.exported()))
             run.store.close()
     assert seen[0] == seen[1]
 
@@ -289,22 +289,26 @@ def test_late_events_are_kept_marked_and_change_no_label(tmp_path: Path) -> None
         records(
             [
                 row("impression", "shown", 100),
+                row("impression", "w1", 99, "w"),
                 {"type": "heartbeat", "event_time": 250},  # the watermark is at 200: `shown` closes
                 row("impression", "too late", 100, "y"),
                 row("impression", "just in time", 101, "y"),
                 row("click", "late click", 150),
                 row("click", "organic, behind the watermark", 150, "z"),
                 row("click", "joins", 151, "y"),
+                row("click", "late for w1", 190, "w"),
+                row("impression", "w2", 185, "w"),  # that click joins it now, but was late when it came
                 {"type": "heartbeat", "event_time": 400},
             ]
         )
     )
     assert [(e.target_events, e.target_labels.tolist()) for e in run.order] == [
-        (["shown"], [0]),
+        (["w1", "shown"], [0, 0]),
         (["just in time"], [1]),
         (["organic, behind the watermark"], [1]),
+        (["w2"], [0]),
     ]
-    assert run.late == 2
+    assert run.late == 3
     shown = {e["event_id"]: (e.get("actions"), e.get("late")) for e in run.exported()[0]["events"]}
     assert shown == {
         "shown": (["click"], None),
@@ -313,6 +317,9 @@ def test_late_events_are_kept_marked_and_change_no_label(tmp_path: Path) -> None
         "late click": (None, True),
         "organic, behind the watermark": (None, None),
         "joins": (None, None),
+        "w1": (None, None),
+        "late for w1": (None, True),
+        "w2": (["click"], None),
     }
 
 

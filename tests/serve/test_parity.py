@@ -52,7 +52,7 @@ def config(tmp_path: Path) -> Config:
     return Config(
         state=State(directory=str(tmp_path), cache_bytes=1 << 20, write_buffer_bytes=1 << 20),
         model=Model(dim=16, layers=2, heads=2, negatives=16),
-        table=Table(slots=64, bucket_width=8, fallback_rows=8, ttl_seconds=20000.0),
+        table=Table(slots=64, bucket_width=8, fallback_rows=8, ttl_seconds=8.0),
         sequence=SequenceSettings(
             actions=ACTIONS, attribution_window_seconds=2.0, lateness_seconds=1.0, history_length=512
         ),
