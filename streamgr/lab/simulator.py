@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from streamgr.config import Feed
 
 TOPICS = 5
-BASE = -1.5
+BASE = -2.0
 LIKE_BASE = -1.2
-PROPENSITY_SPREAD = 2.0  # from those who click on nearly everything to those who hardly ever do
-QUALITY_SPREAD = 0.9
+PROPENSITY_SPREAD = 1.5  # from those who click on much of what they see to those who hardly ever do
+QUALITY_SPREAD = 2.0
 TASTE_SPREAD = 0.6
 TASTE_DRIFT_SECONDS = 60.0  # how long a taste lasts
 MOOD = 0.7  # a user is either keen (+MOOD) or idle (-MOOD)

@@ -1,13 +1,15 @@
 """The feed: holds its rate, closes the loop, waits for the trainer, and closes every label at the end."""
 
 import io
+import itertools
 import json
 from collections.abc import Callable
 
 import pytest
 
 from streamgr.clock import ManualClock
-from streamgr.config import Config, Feed as Settings, Sequence
+from streamgr.config import Config, Sequence
+from streamgr.config import Feed as Settings
 from streamgr.errors import ConfigError
 from streamgr.lab.feed import Feed, Ranker, Ranking
 from streamgr.service import Stop
@@ -56,9 +58,7 @@ def run(
     clock = clock or ManualClock(START)
     config = Config(feed=Settings(rate=rate, users=40), sequence=SEQUENCE)
     log, oracle = Log(clock), io.BytesIO()
-    feed = Feed(
-        config, clock, Health("feed", clock), Waits(clock), publisher=log, partitions=3, ask=ask, oracle=oracle
-    )
+    feed = Feed(config, clock, Health("feed", clock), Waits(clock), publisher=log, partitions=3, ask=ask, oracle=oracle)
     assert feed.run(seconds) == len(log.of("impression", "click", "like"))
     return log, [json.loads(line) for line in oracle.getvalue().splitlines()]
 
@@ -93,7 +93,7 @@ def test_every_partition_hears_a_heartbeat_a_beat() -> None:
     log, _ = run(4.0)
     for partition in range(3):
         times = [at for at, _, p, _ in log.of("heartbeat") if p == partition]
-        assert max(b - a for a, b in zip(times, times[1:], strict=False)) <= 250
+        assert max(b - a for a, b in itertools.pairwise(times)) <= 250
 
 
 def test_the_last_heartbeat_closes_every_label() -> None:

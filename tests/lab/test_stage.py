@@ -11,7 +11,7 @@ from streamgr.clock import Deadline, SystemClock
 from streamgr.config import Config, Kafka, Scorer, load
 from streamgr.events import Decoder
 from streamgr.lab import stage
-from streamgr.lab.children import Children, ChildFailed
+from streamgr.lab.children import ChildFailed, Children
 
 
 def test_the_demo_profile_is_the_contracts() -> None:
@@ -83,8 +83,8 @@ def test_a_role_that_leaves_unasked_has_failed_but_a_feed_may_end(tmp_path: Path
 
 
 def test_children_are_told_to_drain_and_the_deaf_are_killed(tmp_path: Path) -> None:
-    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
-    good = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); print('up', flush=True); time.sleep(60)"
+    code = "import signal, sys, time; signal.signal(signal.SIGTERM, {}); print('up', flush=True); time.sleep(60)"
+    deaf, good = code.format("signal.SIG_IGN"), code.format("lambda *_: sys.exit(0)")
     with Children(tmp_path, SystemClock(), os.environ) as children:
         started = [children.start(name, "-c", code, is_role=True) for name, code in (("deaf", deaf), ("good", good))]
         deadline = Deadline(SystemClock(), 20.0)
