@@ -1,0 +1,117 @@
+"""Keys and values of a partition's database, byte by byte; golden bytes are held by a test.
+
+    events  uid 16 | ~time 8 | kind 1 | event hash 8   -> Stored     a user's newest event first
+    users   uid 16                                     -> user text
+    items   item key 8                                 -> item text
+    due     step 8 | uid 16                            -> time 8, user text    open labels by the closing watermark
+    state   "meta" | "progress"                        -> see `store`
+
+A user's key is a digest of fixed width, so that a prefix scan finds exactly one user. The time is complemented, so
+that scanning forwards goes back in time. Events of the same millisecond lie in no particular order: sequence order
+(decision 9) needs kinds by name and the whole event id, so readers always take all events of a millisecond and sort.
+Every event value starts with its version.
+"""
+
+import struct
+from collections.abc import Mapping
+from functools import lru_cache
+from hashlib import blake2b
+
+import msgspec
+
+from streamgr.errors import DataError
+
+VERSION = 1
+UID_BYTES, EVENT_KEY_BYTES, DUE_KEY_BYTES = 16, 33, 24
+NEVER = -1  # `due` of what is no target
+
+_U64 = (1 << 64) - 1
+_event_tail = struct.Struct(">QB8s")
+_scan_tail = struct.Struct(">Q")
+_due = struct.Struct(">Q16s")
+
+
+class Stored(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """The value of an event. Its kind and time are in the key.
+
+    item: `events.item_key` (0 for a profile). append_ms: broker append time. due: the watermark (ms) at which it
+    becomes a target, `NEVER` for what is none. late: it arrived too late to count (decision 9). offset: of its record.
+    """
+
+    event_id: str
+    item: int
+    append_ms: int
+    due: int
+    late: bool
+    offset: int
+    request: str
+    surface: str
+    position: int
+    features: Mapping[str, str | int] | None
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Stored)
+_HEAD = bytes([VERSION])
+
+
+@lru_cache(maxsize=1 << 16)
+def uid(user: str) -> bytes:
+    """The 16-byte key of a user."""
+    return blake2b(user.encode(), digest_size=UID_BYTES, person=b"user").digest()
+
+
+def event_key(user: bytes, time: int, kind: int, event_id: str) -> bytes:
+    """Where an event lies; `user` is its `uid`. The same identity (decision 9) gives the same key."""
+    return user + _event_tail.pack(_U64 - time, kind, blake2b(event_id.encode(), digest_size=8).digest())
+
+
+def scan_key(user: bytes, before: int | None = None) -> bytes:
+    """Where to start for a user's events, newest first: all, or those with time < `before` (at least 1)."""
+    return user if before is None else user + _scan_tail.pack(_U64 - before + 1)
+
+
+def split_event_key(key: bytes) -> tuple[int, int]:
+    """(time, kind) of an event's key."""
+    time, kind, _ = _event_tail.unpack_from(key, UID_BYTES)
+    return _U64 - time, kind
+
+
+def encode_event(event: Stored) -> bytes:
+    """The bytes of an event's value."""
+    return _HEAD + _encoder.encode(event)
+
+
+def decode_event(value: bytes) -> Stored:
+    """Read an event's value; raises `DataError` on what this version cannot read."""
+    if value[:1] != _HEAD:
+        raise DataError(
+            f"an event of format {value[0] if value else '(empty)'}, this version reads {VERSION}",
+            remedy="run the version that wrote it, or remove the state and rebuild it from the log",
+        )
+    try:
+        return _decoder.decode(memoryview(value)[1:])
+    except msgspec.DecodeError as error:
+        raise DataError(
+            f"a damaged event: {error}", remedy="restore a backup, or remove the state and rebuild it from the log"
+        ) from None
+
+
+def item_bytes(key: int) -> bytes:
+    """The key of an item's text."""
+    return key.to_bytes(8, "big")
+
+
+def due_key(step: int, user: bytes) -> bytes:
+    """The key of a user's open labels: `step` is the watermark (ms, on the grid of steps) that closes them."""
+    return _due.pack(step, user)
+
+
+def encode_due(oldest: int, user: str) -> bytes:
+    """Their value: the time of the oldest event that waits for this step, and whose it is."""
+    return _scan_tail.pack(oldest) + user.encode()
+
+
+def decode_due(key: bytes, value: bytes) -> tuple[int, str, int]:
+    """(step, user, oldest)"""
+    return _due.unpack(key)[0], value[8:].decode(), _scan_tail.unpack_from(value)[0]

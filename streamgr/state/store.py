@@ -1,0 +1,194 @@
+"""The store of one partition: whose log it belongs to, how far it has read it, and what it holds.
+
+Everything a partition writes goes through one `Batch`: events, dictionaries, open labels, and `Progress`; so that what
+is stored and the offset it was read up to can never disagree. Two processes never share a store: RocksDB's lock sees to
+it. A store belongs to one incarnation of one topic; it refuses any other, and says what to do.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from streamgr.errors import ConfigError, DataError
+from streamgr.state import codec
+from streamgr.state.rocks import Batch, Database, Memory
+
+SCHEMA = 1
+FAMILIES = {"events": codec.UID_BYTES, "users": 0, "items": 0, "due": 0, "state": 0}
+
+
+class Meta(msgspec.Struct, frozen=True, kw_only=True):
+    """Whose store this is. `actions`: kinds in the order of their bits. `emits`: false for a follower."""
+
+    schema: int = SCHEMA
+    cluster_id: str
+    topic_id: str
+    topic: str
+    partition: int
+    partitions: int
+    fingerprint: str
+    actions: tuple[str, ...]
+    window_ms: int
+    emits: bool
+
+
+class Progress(msgspec.Struct, array_like=True, frozen=True):
+    """How far a partition is. `seen`: greatest event time counted, `watermark`: both ms, None before the first event.
+
+    last: position of the last example. append_ms: of the last record read. open_impressions: labels not closed yet.
+    """
+
+    next_offset: int = 0
+    seen: int | None = None
+    watermark: int | None = None
+    last: tuple[int, int] = (-1, -1)
+    append_ms: int = 0
+    open_impressions: int = 0
+
+
+def partition_directory(role_directory: Path, partition: int) -> Path:
+    """Where a role keeps a partition."""
+    return role_directory / f"p{partition:05d}"
+
+
+class Store:
+    """One partition's database, open for writing (one process) or, `read_only`, beside its writer."""
+
+    def __init__(self, path: Path, memory: Memory, *, read_only: bool = False) -> None:
+        """Raises as `Database` does, and `DataError` for a schema that this version cannot read."""
+        self.path = path
+        self.database = Database(path, memory, FAMILIES, read_only=read_only)
+        try:
+            self.meta = self._read_meta()
+            if self.meta is not None and self.meta.schema != SCHEMA:
+                raise DataError(
+                    f"schema {self.meta.schema}, this version reads {SCHEMA}",
+                    where=str(path),
+                    remedy="run the version that wrote it, or remove the directory: it is rebuilt from the log",
+                )
+            self.progress = self._read_progress()
+        except BaseException:
+            self.database.close()
+            raise
+
+    def claim(self, meta: Meta) -> None:
+        """Bind an empty store to its log, or check that it is this log's.
+
+        A changed fingerprint is the caller's to judge (`meta.fingerprint` before); it is stored from now on. Raises
+        `ConfigError` for another cluster, topic, partition or partition count, or action kinds that are not an
+        extension.
+        """
+        old, remedy = self.meta, f"remove {self.path} to rebuild it from the log, or go back to what it was made from"
+        if old is not None:
+            for what in ("cluster_id", "topic", "topic_id", "partition", "partitions", "emits"):
+                was, now = getattr(old, what), getattr(meta, what)
+                if was != now:
+                    story = {
+                        "topic_id": "the topic was recreated",
+                        "partitions": "the partition count changed, users have moved",
+                        "emits": "a follower's store is not a sequencer's",
+                    }.get(what, "this is another log")
+                    raise ConfigError(f"{story}: {what} was {was!r}, is {now!r}", where=str(self.path), remedy=remedy)
+            if meta.actions[: len(old.actions)] != old.actions:
+                raise ConfigError(
+                    f"sequence.actions was {[*old.actions]}, is {[*meta.actions]}: kinds may only be added at the end",
+                    where=str(self.path),
+                    remedy="a kind's place in the list is its bit in what is stored; put the old ones first",
+                )
+        if old != meta:
+            batch = self.batch()
+            batch.put("state", b"meta", msgspec.json.encode(meta))
+            self.database.write(batch)
+            self.meta = meta
+
+    def batch(self) -> Batch:
+        return self.database.batch()
+
+    def write(self, batch: Batch, progress: Progress) -> None:
+        """The one write: what `batch` holds and how far we are, together."""
+        batch.put("state", b"progress", msgspec.msgpack.encode(progress))
+        self.database.write(batch)
+        self.progress = progress
+
+    def events(self, user: bytes, before: int | None = None) -> Iterator[tuple[int, int, codec.Stored]]:
+        """(time, kind, event) of one user, newest first (unordered within a millisecond), with time < `before`."""
+        if before is not None and before <= 0:
+            return
+        for key, value in self.database.scan_prefix("events", codec.scan_key(user, before)):
+            time, kind = codec.split_event_key(key)
+            yield time, kind, codec.decode_event(value)
+
+    def event(self, key: bytes) -> codec.Stored | None:
+        value = self.database.get("events", key)
+        return None if value is None else codec.decode_event(value)
+
+    def has_user(self, user: str) -> bool:
+        """Whether the user is known. Raises `DataError` should two users share a key."""
+        return self._text("users", codec.uid(user), user) is not None
+
+    def has_item(self, key: int, item: str) -> bool:
+        """Whether the item's text is known. Raises `DataError` should two items share a key."""
+        return self._text("items", codec.item_bytes(key), item) is not None
+
+    def item_text(self, key: int) -> str | None:
+        value = self.database.get("items", codec.item_bytes(key))
+        return None if value is None else value.decode()
+
+    def item_texts(self, keys: list[int]) -> list[str | None]:
+        values = self.database.get_many("items", [codec.item_bytes(key) for key in keys])
+        return [None if value is None else value.decode() for value in values]
+
+    def users(self) -> Iterator[str]:
+        """Every user's text, in no useful order."""
+        for _, text in self.database.scan("users"):
+            yield text.decode()
+
+    def due(self) -> Iterator[tuple[int, str, int]]:
+        """(step, user, time of the oldest event that waits) of all open labels, by step."""
+        for key, value in self.database.scan("due"):
+            yield codec.decode_due(key, value)
+
+    def items_known(self) -> int:
+        """About how many items have a text."""
+        return self.database.estimated_keys("items")
+
+    def sync(self) -> None:
+        """What is written survives a power failure from now on."""
+        self.database.sync()
+
+    def close(self) -> None:
+        self.database.close()
+
+    def _text(self, family: str, key: bytes, text: str) -> str | None:
+        value = self.database.get(family, key)
+        if value is None:
+            return None
+        if value.decode() != text:
+            raise DataError(
+                f"{family}: {value.decode()!r} and {text!r} share the key {key.hex()}",
+                where=str(self.path),
+                remedy="rename one of them at its source: their sequences would mix",
+            )
+        return text
+
+    def _damaged(self, what: str, error: msgspec.DecodeError) -> DataError:
+        return DataError(
+            f"unreadable {what}: {error}",
+            where=str(self.path),
+            remedy="restore a backup, or remove the directory: it is rebuilt from the log",
+        )
+
+    def _read_meta(self) -> Meta | None:
+        raw = self.database.get("state", b"meta")
+        try:
+            return None if raw is None else msgspec.json.decode(raw, type=Meta)
+        except msgspec.DecodeError as error:
+            raise self._damaged("meta", error) from None
+
+    def _read_progress(self) -> Progress:
+        raw = self.database.get("state", b"progress")
+        try:
+            return Progress() if raw is None else msgspec.msgpack.decode(raw, type=Progress)
+        except msgspec.DecodeError as error:
+            raise self._damaged("progress", error) from None
