@@ -64,9 +64,7 @@ def _role(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> i
         if args.role == "sequencer":
             from streamgr.sequence.sequencer import Sequencer
 
-            sequencer = Sequencer(
-                config, clock, log, health, stop, rebuild=args.rebuild, accept_loss=args.accept_loss
-            )
+            sequencer = Sequencer(config, clock, log, health, stop, rebuild=args.rebuild, accept_loss=args.accept_loss)
             sequencer.run_until_end() if args.until_end else sequencer.run()
         elif args.role == "trainer":
             from streamgr.train.trainer import Trainer

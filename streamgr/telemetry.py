@@ -43,8 +43,12 @@ def histogram(
 BUILD = gauge("build_info", "Always 1; the labels tell what runs.", ("version", "role"))
 LOG_LINES = counter("log_lines", "Log lines written.", ("level",))
 READY = gauge("ready", "1 when the role does its work, 0 while it starts, restores or drains.", ("role",))
-HORIZON = gauge(  # of the trainer's weights and of the served ones: the roles may live in one process, the name only once
-    "model_horizon_timestamp_seconds", "Append time of the newest source record that the weights fully reflect.", ("role",)
+# The trainer's weights and the served ones; the roles may live in one process, a name is registered only once.
+HORIZON = gauge(
+    "model_horizon_timestamp_seconds",
+    "Append time of the newest source record that the weights fully reflect.",
+    ("role",),
+)
 )
 
 

@@ -78,7 +78,7 @@ def test_later_places_are_clicked_less() -> None:
 
 
 def test_users_and_items_differ_enough_to_be_worth_learning() -> None:
-    """What a model gains by knowing the user exceeds what it gains by knowing the item: popularity cannot win."""
+    """Items explain a good part, so frozen weights go stale; users another, so popularity cannot win."""
     visits = _visits(World(Feed(users=80), START), 40)
     p = np.array([one.p["click"] for _, _, slate in visits for one in slate])
     users = np.array([user for _, user, slate in visits for _ in slate])
@@ -88,7 +88,8 @@ def test_users_and_items_differ_enough_to_be_worth_learning() -> None:
         means = {key: float(p[by == key].mean()) for key in set(by.tolist())}
         return float(np.var([means[key] for key in by.tolist()]) / np.var(p))
 
-    assert 0.05 < explained(items) < explained(users)
+    assert explained(items) > 0.2 and explained(users) > 0.2
+    assert explained(items) < 0.6, "popularity alone must not do"
 
 
 @pytest.mark.parametrize("explore", [0.0, 1.0])
