@@ -49,7 +49,6 @@ HORIZON = gauge(
     "Append time of the newest source record that the weights fully reflect.",
     ("role",),
 )
-)
 
 
 class Log:
