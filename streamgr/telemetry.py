@@ -43,7 +43,10 @@ def histogram(
 BUILD = gauge("build_info", "Always 1; the labels tell what runs.", ("version", "role"))
 LOG_LINES = counter("log_lines", "Log lines written.", ("level",))
 READY = gauge("ready", "1 when the role does its work, 0 while it starts, restores or drains.", ("role",))
-# The trainer's weights and the served ones; the roles may live in one process, a name is registered only once.
+# Two that several roles move, and that a process with more than one of them may register only once.
+WATERMARK = gauge(
+    "watermark_timestamp_seconds", "Event time below which the log is complete, least of the partitions.", ("topic",)
+)
 HORIZON = gauge(
     "model_horizon_timestamp_seconds",
     "Append time of the newest source record that the weights fully reflect.",

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable, Sequence
 
 from streamgr.sequence.partition import Applied, Partition
-from streamgr.telemetry import DURATION_BUCKETS, counter, gauge, histogram
+from streamgr.telemetry import DURATION_BUCKETS, WATERMARK, counter, gauge, histogram
 
 EVENTS = counter("events", "Records taken into sequences (and heartbeats, erasures), by kind.", ("kind",))
 DEAD_LETTERS = counter("dead_letters", "Records that break the contract, by reason.", ("reason",))
@@ -12,9 +12,6 @@ LATE = counter("late_events", "Events that came after the label they belong to h
 EXAMPLES = counter("examples", "Examples emitted.")
 TARGETS = counter("targets", "Targets in them.")
 OPEN = gauge("open_impressions", "Impressions whose label has not closed.")
-WATERMARK = gauge(
-    "watermark_timestamp_seconds", "Event time below which the log is complete, least of the partitions.", ("topic",)
-)
 TO_SEQUENCE = histogram("event_to_sequence_seconds", "Broker append to written, oldest and newest record of a commit.")
 AGE_AT_APPEND = histogram("event_age_at_append_seconds", "Event time to broker append, first and last of a batch.")
 COMMIT = histogram("commit_duration_seconds", "Outputs confirmed and state written.", buckets=DURATION_BUCKETS)

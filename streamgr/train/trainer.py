@@ -24,7 +24,7 @@ from streamgr.errors import ConfigError
 from streamgr.kafka.consumer import Consumer
 from streamgr.kafka.producer import Producer
 from streamgr.service import Stop
-from streamgr.telemetry import DURATION_BUCKETS, HORIZON, Health, Log, counter, gauge, histogram
+from streamgr.telemetry import DURATION_BUCKETS, HORIZON, WATERMARK, Health, Log, counter, gauge, histogram
 from streamgr.train.batch import assemble
 from streamgr.train.checkpoint import Checkpoints, Facts, lock
 from streamgr.train.learner import Learner
@@ -39,7 +39,6 @@ from streamgr.weights.publisher import Publisher
 EXAMPLES = counter("train_examples", "Examples learned, replays after a restart included.")
 STEPS = counter("train_steps", "Steps learned.", ("origin",))
 DURATION = histogram("train_step_duration_seconds", "One step: map, forward, judge, backward.", (), DURATION_BUCKETS)
-WATERMARK = gauge("watermark_timestamp_seconds", "The lowest watermark of the partitions.", ("topic",))
 SLOTS = gauge("table_slots", "Slots of the ID table.", ("table",))
 USED = gauge("table_used_slots", "Slots that hold an id.", ("table",))
 ADMISSIONS = counter("table_admissions", "Ids given a slot.", ("table",))
