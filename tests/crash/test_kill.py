@@ -12,7 +12,7 @@ from tests.system import PARTITIONS, System, kill, wait_for
 
 @pytest.fixture
 def system(kafka: str, prefix: str, tmp_path: Path) -> System:
-    slowly = {"trainer__batch_tokens": 512, "trainer__publish_seconds": 0.3, "trainer__checkpoint_seconds": 1.5}
+    slowly = {"trainer__batch_tokens": 64, "trainer__publish_seconds": 0.2, "trainer__checkpoint_seconds": 0.5}
     system = System(kafka, prefix, tmp_path, **slowly, **SETTINGS)
     system.run("topics", "apply")
     return system
@@ -46,7 +46,7 @@ def test_a_killed_trainer_learns_each_target_once(system: System) -> None:
         for _ in range(2):
             before = system.count("manifests")
             trainer = system.start("trainer")
-            wait_for("versions", lambda before=before: system.count("manifests") > before + 5)
+            wait_for("versions", lambda before=before: system.count("manifests") > before + 4)
             kill(trainer)
             assert 0 < targets_learned(system) < targets, "it was killed in the middle"
         system.run("trainer", "--until-end")

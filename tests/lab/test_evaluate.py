@@ -55,7 +55,7 @@ def test_a_log_through_the_real_pipeline(kafka: str, prefix: str, tmp_path: Path
     for model in ("hstu", "popularity"):
         assert 0.3 < click["models"][model]["normalized_entropy"] < 3
     retrieval = report["retrieval"]
-    assert set(retrieval["any"]["models"]) == {"hstu", "popularity", "recency"}
+    assert set(retrieval["any"]["models"]) == {"hstu", "popularity", "popularity-1h", "recency", "recency-global"}
     assert retrieval["impression"]["models"]["popularity"]["hit_rate_at_10"] > 0.9  # there are nine items
     assert "every event in exactly one sequence" in done.stderr
 
