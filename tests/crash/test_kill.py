@@ -24,12 +24,12 @@ def targets_learned(system: System) -> int:
 
 
 def test_killed_sequencers_leave_no_trace(system: System) -> None:
-    stream = [row(e) for e in events(21, 6_000)]
+    stream = [row(e) for e in events(21, 3_000, users=60)]
     with system:
         for third in range(3):
             before = system.count("examples")
             sequencer = system.start("sequencer")
-            system.publish(stream[third * 2_000 : (third + 1) * 2_000])
+            system.publish(stream[third * 1_000 : (third + 1) * 1_000])
             wait_for("examples" + system.logs(), lambda before=before: system.count("examples") > before + 20)
             kill(sequencer)
         system.publish(heartbeats(120_000, PARTITIONS))
@@ -38,7 +38,7 @@ def test_killed_sequencers_leave_no_trace(system: System) -> None:
 
 
 def test_a_killed_trainer_learns_each_target_once(system: System) -> None:
-    stream = [row(e) for e in events(22, 4_000)]
+    stream = [row(e) for e in events(22, 3_000, users=60)]
     system.publish(stream + heartbeats(120_000, PARTITIONS))
     system.run("sequencer", "--until-end")
     targets = sum(len(o.targets) for o in expected(system, set()))
