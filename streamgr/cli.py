@@ -17,6 +17,7 @@ from streamgr import __version__
 from streamgr.config import Config, flatten, load
 from streamgr.errors import ConfigError, StreamgrError, UsageError
 
+MODEL_EXTRA = {"torch", "safetensors", "fastapi", "uvicorn"}  # what a stream-side installation goes without
 Command = Callable[[argparse.Namespace, Config, dict[str, str]], int]
 
 
@@ -32,6 +33,11 @@ def main(argv: list[str] | None = None) -> int:
     except StreamgrError as error:
         print(f"streamgr: {error}", file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        if error.name not in MODEL_EXTRA:
+            raise
+        print(f"streamgr: this needs {error.name}; remedy: pip install 'streamgr[model]'", file=sys.stderr)
+        return ConfigError.exit_code
     except BrokenPipeError:  # the reader of our output has gone: `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

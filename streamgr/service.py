@@ -12,28 +12,43 @@ from types import FrameType
 
 
 class Stop:
-    """The flag a role's loop watches; waiting on it is how a loop sleeps."""
+    """The flag a role's loop watches; waiting on it is how a loop sleeps.
+
+    Not a `threading.Event`: a signal's handler runs between any two steps of the main thread, and where that thread
+    holds the event's inner lock, in the middle of `wait`, setting it there never returns. Here the handler takes no
+    lock: it opens a gate, a lock that is held from the start, through which every waiter passes in turn.
+    """
 
     def __init__(self) -> None:
-        self._event = threading.Event()
+        self._told = False
+        self._gate = threading.Lock()
+        self._gate.acquire()
+        self._closed = [self._gate]  # popping is atomic: only one of those who open it does
 
     def __bool__(self) -> bool:
-        return self._event.is_set()
+        return self._told
 
     def set(self) -> None:
-        self._event.set()
+        self._told = True
+        try:
+            gate = self._closed.pop()
+        except IndexError:  # told before
+            return
+        gate.release()
 
     def wait(self, seconds: float) -> bool:
         """Sleep, but wake when told to stop; true when told."""
-        return self._event.wait(seconds)
+        if not self._told and self._gate.acquire(timeout=max(0.0, seconds)):
+            self._gate.release()
+        return self._told
 
     def on_signals(self) -> "Stop":
         """Set the flag on the first SIGTERM or SIGINT; exit 130 on the second."""
 
         def handle(number: int, frame: FrameType | None) -> None:
-            if self._event.is_set():
+            if self._told:
                 os._exit(130)
-            self._event.set()
+            self.set()
 
         signal.signal(signal.SIGTERM, handle)
         signal.signal(signal.SIGINT, handle)

@@ -42,6 +42,8 @@ def histogram(
 
 BUILD = gauge("build_info", "Always 1; the labels tell what runs.", ("version", "role"))
 LOG_LINES = counter("log_lines", "Log lines written.", ("level",))
+for _level in ("info", "warning", "error"):
+    LOG_LINES.labels(_level)  # 0 is a value too
 READY = gauge("ready", "1 when the role does its work, 0 while it starts, restores or drains.", ("role",))
 # Two that several roles move, and that a process with more than one of them may register only once.
 WATERMARK = gauge(
@@ -86,13 +88,14 @@ class Log:
 
 
 class Health:
-    """The conditions of a role. Live: its loop turned lately. Ready: every named condition holds."""
+    """The conditions of a role. Live: its loop turned lately. Ready: it has named conditions, and every one holds."""
 
     STALL_SECONDS = 30.0
 
     def __init__(self, role: str, clock: Clock, *conditions: str) -> None:
         self._role, self._clock = role, clock
         self._conditions: dict[str, str] = dict.fromkeys(conditions, "starting")
+        self._lock = threading.Lock()  # several threads of a role hold conditions, the probes' read them
         self._turned = clock.monotonic()
         READY.labels(role).set(0)
 
@@ -102,8 +105,9 @@ class Health:
 
     def hold(self, condition: str, why_not: str = "") -> None:
         """Set a condition: it holds when `why_not` is empty."""
-        self._conditions[condition] = why_not
-        READY.labels(self._role).set(0 if any(self._conditions.values()) else 1)
+        with self._lock:
+            self._conditions[condition] = why_not
+            READY.labels(self._role).set(0 if any(self._conditions.values()) else 1)
 
     def live(self) -> tuple[bool, dict[str, object]]:
         stalled = self._clock.monotonic() - self._turned
@@ -113,7 +117,11 @@ class Health:
         }
 
     def ready(self) -> tuple[bool, dict[str, object]]:
-        return not any(self._conditions.values()), {k: v or "ok" for k, v in self._conditions.items()}
+        with self._lock:
+            conditions = {k: v or "ok" for k, v in self._conditions.items()}
+        if not conditions:  # a role is watched before it knows what it will wait for
+            return False, {"started": "starting"}
+        return all(v == "ok" for v in conditions.values()), dict(conditions)
 
 
 class Probes:

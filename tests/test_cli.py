@@ -1,6 +1,7 @@
 """The command line: exit codes, help with an example, and no torch on the stream side."""
 
 import argparse
+import os
 import subprocess
 import sys
 
@@ -49,3 +50,11 @@ STREAM_SIDE = [
 def test_the_stream_side_starts_without_torch() -> None:
     code = f"import sys\nfor m in {STREAM_SIDE!r}: __import__(m)\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_command_without_its_extra_says_what_to_install() -> None:
+    code = "import sys; sys.modules['torch'] = None; from streamgr.cli import main; sys.exit(main(['trainer']))"
+    environment = os.environ | {"STREAMGR_TELEMETRY__PORT": "0"}
+    done = subprocess.run([sys.executable, "-c", code], check=False, env=environment, capture_output=True, timeout=60)
+    assert done.returncode == 78
+    assert b"pip install 'streamgr[model]'" in done.stderr

@@ -123,7 +123,7 @@ class Scorer:
                 self._health.hold("sequences", why_not)
                 behind = bool(why_not)
             now = self._clock.monotonic()
-            if all(now - turned < Health.STALL_SECONDS for turned in self._turned.values()):
+            if all(now - turned < Health.STALL_SECONDS for turned in list(self._turned.values())):
                 self._health.turned()
 
     def _server(self, pool: ThreadPoolExecutor) -> uvicorn.Server:
