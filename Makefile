@@ -40,8 +40,8 @@ format: $(VENV)/installed  ## put the code into its format
 	$(VENV)/bin/ruff format streamgr tests
 
 bench-replay: $(VENV)/installed  ## replay real logs through the real pipeline: exactness and prequential quality
-	$(PY) -m streamgr evaluate $(DATA)/deskdrop/events.csv.gz --mapping deskdrop
-	$(PY) -m streamgr evaluate $(DATA)/ebnerd_slice/events.csv.gz --mapping ebnerd
+	$(PY) -m streamgr evaluate $(DATA)/deskdrop/events.csv.gz --set sequence.history_length=64
+	$(PY) -m streamgr evaluate $(DATA)/ebnerd_slice/events.csv.gz --set sequence.history_length=64
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist reports
