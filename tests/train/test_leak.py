@@ -42,7 +42,7 @@ def random_labels(seed: int) -> list[Example]:
 
 def prequential_auc(directory: Path) -> float:
     """AUC of the predictions of the second half, four examples a step."""
-    learner = Learner(settings(directory))
+    learner = Learner(settings(directory, dense_learning_rate=0.01))
     torch.set_num_threads(1)
     labels: list[bool] = []
     predictions: list[float] = []
