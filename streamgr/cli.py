@@ -15,7 +15,7 @@ from pathlib import Path
 
 from streamgr import __version__
 from streamgr.config import Config, flatten, load
-from streamgr.errors import ConfigError, StreamgrError, UsageError
+from streamgr.errors import BrokerUnreachable, ConfigError, DataError, StreamgrError, TryAgain, UsageError
 
 MODEL_EXTRA = {"torch", "safetensors", "fastapi", "uvicorn"}  # what a stream-side installation goes without
 Command = Callable[[argparse.Namespace, Config, dict[str, str]], int]
@@ -67,6 +67,10 @@ def _role(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> i
     log.info("starting", version=__version__, settings={k: flatten(config)[k] for k in origin})
     probes = None if getattr(args, "until_end", False) else Probes(config.telemetry, health)
     try:
+        if not probes:  # a one-shot command: roles wait for a broker that is away, this says so and leaves
+            from streamgr.kafka.client import Admin
+
+            Admin(config.kafka, log=log).metadata()
         if args.role == "sequencer":
             from streamgr.sequence.sequencer import Sequencer
 
@@ -81,6 +85,13 @@ def _role(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> i
             from streamgr.serve.scorer import Scorer
 
             Scorer(config, clock, log, health, stop).run()
+    except (BrokerUnreachable, TryAgain) as error:
+        if not (stop and probes):
+            log.error("stopped_by_error", str(error), exit_code=error.exit_code)
+            return error.exit_code
+        # told to leave while waiting for a broker or a lock: what is not acknowledged was not committed either
+        log.warning("stopped_waiting", str(error))
+        return 0
     except StreamgrError as error:
         log.error("stopped_by_error", str(error), exit_code=error.exit_code)
         return error.exit_code
@@ -138,8 +149,7 @@ def _sequences(args: argparse.Namespace, config: Config, origin: dict[str, str])
         return _lines([_get(f"{args.url.rstrip('/')}/v1/users/{urllib.parse.quote(args.user, safe='')}/sequence")])
     sequence = views.show(Path(args.state or config.state.directory), args.user)
     if sequence is None:
-        print(f"streamgr: no user {args.user!r} here", file=sys.stderr)
-        return 1
+        raise DataError(f"no user {args.user!r} here", where=str(args.state or config.state.directory))
     return _lines([sequence])
 
 
@@ -252,25 +262,32 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--close", action="store_true", help="end with heartbeats that close every open label")
     sub.add_argument("--skip-bad-rows", action="store_true", help="count rows that cannot be read instead of stopping")
 
-    sub = add("sequences", _sequences, "users' sequences as JSON", "streamgr sequences show u1 --state state")
-    verbs = sub.add_subparsers(dest="verb", required=True)
-    show = verbs.add_parser("show", help="one user's sequence, oldest first")
+    again = argparse.ArgumentParser(add_help=False)  # the common options after a verb; silent where they are not given
+    again.add_argument("--config", action="append", metavar="FILE", default=argparse.SUPPRESS)
+    again.add_argument("--set", action="append", metavar="SECTION.KEY=VALUE", default=argparse.SUPPRESS)
+
+    def verbs_of(sub: argparse.ArgumentParser) -> Callable[[str, str, str], argparse.ArgumentParser]:
+        verbs = sub.add_subparsers(dest="verb", required=True)
+        return lambda name, help_, example: verbs.add_parser(
+            name, parents=[again], help=help_, description=help_, epilog=f"example: {example}"
+        )
+
+    verb = verbs_of(add("sequences", _sequences, "users' sequences as JSON", "streamgr sequences show u1"))
+    show = verb("show", "one user's sequence, oldest first", "streamgr sequences show u1 --state state")
     show.add_argument("user")
     show.add_argument("--state", metavar="DIR", help="a state directory (default: state.directory)")
     show.add_argument("--url", help="ask a running scorer instead")
-    export = verbs.add_parser("export", help="every user's sequence, a line each, sorted by user id")
-    export.add_argument("--state", metavar="DIR")
+    export = verb("export", "every user's sequence, a line each, sorted by user id", "streamgr sequences export")
+    export.add_argument("--state", metavar="DIR", help="a state directory (default: state.directory)")
 
     sub = add("examples", _examples, "the examples topic as JSON lines", "streamgr examples list --limit 10")
     sub.add_argument("verb", choices=["list"])
     sub.add_argument("--limit", type=int, default=0, help="stop after so many (0: all there are)")
 
-    sub = add("weights", _weights, "published weights", "streamgr weights list")
-    verbs = sub.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("list", help="the versions there are")
-    for verb, does in (("show", "one version's manifest"), ("verify", "read a version's bytes again and check them")):
-        one = verbs.add_parser(verb, help=does)
-        one.add_argument("version", type=int)
+    verb = verbs_of(add("weights", _weights, "published weights", "streamgr weights list"))
+    verb("list", "the versions there are", "streamgr weights list")
+    for name, does in (("show", "one version's manifest"), ("verify", "read a version's bytes again and check them")):
+        verb(name, does, f"streamgr weights {name} 41").add_argument("version", type=int)
 
     sub = add("evaluate", _evaluate, "replay a log and compare models, test-then-train", "streamgr evaluate log.csv.gz")
     sub.add_argument("file", metavar="DATA")

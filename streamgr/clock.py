@@ -4,6 +4,11 @@ import time
 from typing import Protocol
 
 
+def milliseconds(seconds: float) -> int:
+    """Seconds of the configuration as whole milliseconds."""
+    return round(seconds * 1000)
+
+
 class Clock(Protocol):
     """Wall time in milliseconds since 1970 UTC, and a monotonic time in seconds."""
 
@@ -29,7 +34,7 @@ class ManualClock:
         self._now_ms = now_ms
 
     def advance(self, seconds: float) -> None:
-        self._now_ms += round(seconds * 1000)
+        self._now_ms += milliseconds(seconds)
 
     def now_ms(self) -> int:
         return self._now_ms

@@ -11,14 +11,24 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 from streamgr.errors import ConfigError
 
 ENV_PREFIX = "STREAMGR_"
-SECRET = re.compile(r"password|secret|token$|jaas|ssl\.key\.pem", re.IGNORECASE)
+SECRET = re.compile(r"password|passphrase|secret|token$|jaas|key\.pem|oauthbearer\.config", re.IGNORECASE)
+
+Seconds = Annotated[float, Meta(ge=0, le=1e10)]
+Positive = Annotated[float, Meta(gt=0, le=1e10)]
+Rate = Annotated[float, Meta(ge=0, le=1e3)]  # of learning
+Share = Annotated[float, Meta(ge=0, le=1)]
+Count = Annotated[int, Meta(ge=1)]
+Natural = Annotated[int, Meta(ge=0)]
+Seed = Annotated[int, Meta(ge=0, lt=1 << 31)]
+Port = Annotated[int, Meta(ge=0, le=65_535)]
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -34,22 +44,22 @@ class Kafka(Section, frozen=True):
 
 class State(Section, frozen=True):
     directory: str = "state"  # each role owns <directory>/<role>/
-    cache_bytes: int = 128 << 20
-    write_buffer_bytes: int = 32 << 20
-    sync_seconds: float = 1.0
+    cache_bytes: Count = 128 << 20
+    write_buffer_bytes: Count = 32 << 20
+    sync_seconds: Seconds = 1.0
 
 
 class Sequence(Section, frozen=True):
     actions: tuple[str, ...] = ("click", "like")  # append-only: a kind's place in the list is its bit
-    attribution_window_seconds: float = 600.0
-    lateness_seconds: float = 60.0
-    close_step_seconds: float = 1.0
-    commit_interval_seconds: float = 0.2
-    history_length: int = 256
-    max_future_seconds: float = 60.0
-    max_step_seconds: float = 0.0  # 0: the watermark may jump; replays of old logs: 86400
-    heartbeat_seconds: float = 0.0  # 0: somebody else sends them, or nobody
-    cached_users: int = 20_000
+    attribution_window_seconds: Positive = 600.0
+    lateness_seconds: Seconds = 60.0
+    close_step_seconds: Positive = 1.0
+    commit_interval_seconds: Seconds = 0.2
+    history_length: Count = 256
+    max_future_seconds: Seconds = 60.0
+    max_step_seconds: Seconds = 0.0  # 0: the watermark may jump; replays of old logs: 86400
+    heartbeat_seconds: Seconds = 0.0  # 0: somebody else sends them, or nobody
+    cached_users: Count = 20_000
 
     def __post_init__(self) -> None:
         if not self.actions or len(self.actions) > 30 or len(set(self.actions)) != len(self.actions):
@@ -61,15 +71,15 @@ class Sequence(Section, frozen=True):
 
 
 class Model(Section, frozen=True):
-    dim: int = 64
-    layers: int = 2
-    heads: int = 2
-    scaling_seqlen: int = 256  # the constant N of the paper's 1/N; stored with the weights
-    position_buckets: int = 512
-    time_buckets: int = 64
-    negatives: int = 128
-    temperature: float = 0.05
-    retrieval_weight: float = 0.2
+    dim: Count = 64
+    layers: Count = 2
+    heads: Count = 2
+    scaling_seqlen: Count = 256  # the constant N of the paper's 1/N; stored with the weights
+    position_buckets: Count = 512
+    time_buckets: Count = 64
+    negatives: Count = 128
+    temperature: Positive = 0.05
+    retrieval_weight: Rate = 0.2
 
     def __post_init__(self) -> None:
         if self.dim % self.heads:
@@ -77,12 +87,12 @@ class Model(Section, frozen=True):
 
 
 class Table(Section, frozen=True):
-    slots: int = 65_536
-    bucket_width: int = 32
-    fallback_rows: int = 1_024
-    ttl_seconds: float = 30 * 86_400.0
-    half_life_seconds: float = 0.0  # eviction: towards 0 is LRU, large is LFU; 0 means ttl / 4
-    admit_min: int = 1
+    slots: Count = 65_536
+    bucket_width: Count = 32
+    fallback_rows: Count = 1_024
+    ttl_seconds: Positive = 30 * 86_400.0
+    half_life_seconds: Seconds = 0.0  # eviction: towards 0 is LRU, large is LFU; 0 means ttl / 4
+    admit_min: Count = 1
 
     def __post_init__(self) -> None:
         if self.slots % self.bucket_width or (self.slots // self.bucket_width) & (self.slots // self.bucket_width - 1):
@@ -93,62 +103,58 @@ class Table(Section, frozen=True):
 
 class Trainer(Section, frozen=True):
     device: str = "cpu"
-    seed: int = 1
-    threads: int = 1  # torch threads; more only where the trainer has cores to itself; 0: torch's own choice
-    batch_tokens: int = 4_096
-    publish_seconds: float = 2.0
-    checkpoint_seconds: float = 60.0
-    max_skew_seconds: float = 60.0
-    dense_learning_rate: float = 2e-3
-    weight_decay: float = 0.0
-    table_learning_rate: float = 0.05
-    gradient_clip: float = 5.0
-    window_targets: int = 5_000  # prequential: the sliding window
-    fade_targets: float = 2_000.0  # prequential: half-life of the faded figures
+    seed: Seed = 1
+    threads: Natural = 1  # torch threads; more only where the trainer has cores to itself; 0: torch's own choice
+    batch_tokens: Count = 4_096
+    publish_seconds: Seconds = 2.0
+    checkpoint_seconds: Seconds = 60.0
+    max_skew_seconds: Seconds = 60.0
+    dense_learning_rate: Rate = 2e-3
+    weight_decay: Rate = 0.0
+    table_learning_rate: Rate = 0.05
+    gradient_clip: Positive = 5.0
+    window_targets: Count = 5_000  # prequential: the sliding window
+    fade_targets: Positive = 2_000.0  # prequential: half-life of the faded figures
     prequential_log: str = ""  # a file: one JSON line a target, for reports
     accept_loss: bool = False  # go on over examples that are gone (counted); for one start, then false again
 
 
 class Weights(Section, frozen=True):
-    snapshot_every: int = 60  # versions; sooner when the deltas outweigh the snapshot
-    chunk_bytes: int = 512 << 10
-    retention_bytes: int = 1 << 30  # what the weights topic holds at least; a snapshot must stay below a quarter
+    snapshot_every: Count = 60  # versions; sooner when the deltas outweigh the snapshot
+    chunk_bytes: Count = 512 << 10
+    retention_bytes: Count = 1 << 30  # what the weights topic holds at least; a snapshot must stay below a quarter
 
 
 class Scorer(Section, frozen=True):
     host: str = "127.0.0.1"
-    port: int = 8080
+    port: Port = 8080
     task_weights: dict[str, float] = {}  # empty: every task counts 1
-    clock: str = "wall"  # or "event": replays
-    threads: int = 1
-    max_queue: int = 64
-    score_sample: float = 0.0  # share of answers written to <prefix>.scores
-
-    def __post_init__(self) -> None:
-        if self.clock not in ("wall", "event"):
-            raise ValueError("`clock` must be 'wall' or 'event'")
+    clock: Literal["wall", "event"] = "wall"  # or "event": replays
+    threads: Count = 1
+    max_queue: Natural = 64
+    score_sample: Share = 0.0  # share of answers written to <prefix>.scores
 
 
 class Telemetry(Section, frozen=True):
     host: str = "127.0.0.1"
-    port: int = 9464  # 0: a free one
-    log_level: str = "info"
-    log_format: str = "json"
+    port: Port = 9464  # 0: a free one
+    log_level: Literal["info", "warning", "error"] = "info"  # or "warning", "error"
+    log_format: Literal["json", "text"] = "json"  # or "text"
 
 
 class Feed(Section, frozen=True):
-    rate: float = 400.0  # events per second
-    users: int = 400
-    seed: int = 1
-    slate: int = 10
-    item_life_seconds: tuple[float, float] = (20.0, 60.0)
-    live_items: int = 40
-    act_within_seconds: float = 1.2
-    heartbeat_seconds: float = 0.2
-    candidates: int = 40  # of the live items, so many are offered to the scorer for a ranking
-    explore: float = 0.25  # the share of places that are given to a random candidate instead of the best
-    rank_timeout_seconds: float = 0.25  # a slower answer is not waited for: a random order is shown
-    max_model_age_seconds: float = 20.0  # served weights older than this: the feed waits for the trainer
+    rate: Positive = 400.0  # events per second
+    users: Count = 400
+    seed: Seed = 1
+    slate: Count = 10
+    item_life_seconds: tuple[Positive, Positive] = (20.0, 60.0)
+    live_items: Count = 40
+    act_within_seconds: Positive = 1.2
+    heartbeat_seconds: Seconds = 0.2
+    candidates: Count = 40  # of the live items, so many are offered to the scorer for a ranking
+    explore: Share = 0.25  # the share of places that are given to a random candidate instead of the best
+    rank_timeout_seconds: Positive = 0.25  # a slower answer is not waited for: a random order is shown
+    max_model_age_seconds: Positive = 20.0  # served weights older than this: the feed waits for the trainer
 
 
 class Config(Section, frozen=True):
@@ -213,6 +219,18 @@ def load(
         at_key = ".".join(match.group(1) for match in (at, unknown) if match and match.group(1))
         source = next((s for k, s in origin.items() if at_key and f"{k}.".startswith(f"{at_key}.")), "configuration")
         raise ConfigError(str(error), where=source, remedy="see config/streamgr.toml for every key") from None
+
+
+def shipped(name: str) -> Path:
+    """A file or directory that comes with the package, such as `config/demo.toml`: inside a wheel, beside a checkout's.
+
+    Raises `ConfigError` where it is missing.
+    """
+    package = Path(__file__).resolve().parent
+    for path in (package / "_data" / name, package.parent / name):
+        if path.exists():
+            return path
+    raise ConfigError(f"{name} is missing", where=str(package), remedy="install streamgr again")
 
 
 def flatten(config: Config) -> dict[str, Any]:

@@ -109,6 +109,11 @@ def request_key(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8, person=b"request").digest(), "little") or 1
 
 
+def heartbeat(time: int) -> bytes:
+    """The value of a heartbeat record at `time` (ms); it goes to every partition, under no key."""
+    return msgspec.json.encode({"type": "heartbeat", "event_time": time})
+
+
 _Int64 = Annotated[int, Meta(ge=INT64_MIN, le=INT64_MAX)]
 _Id = Annotated[str, Meta(min_length=1, max_length=MAX_ID)] | _Int64
 _Text = Annotated[str, Meta(max_length=MAX_TEXT)]

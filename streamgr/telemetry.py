@@ -61,7 +61,7 @@ class Log:
 
     def __init__(self, role: str, settings: Telemetry, clock: Clock) -> None:
         self.role, self._clock, self._json = role, clock, settings.log_format == "json"
-        self._threshold = logging.getLevelNamesMapping().get(settings.log_level.upper(), logging.INFO)
+        self._threshold = logging.getLevelNamesMapping()[settings.log_level.upper()]
         self._lock = threading.Lock()
 
     def info(self, event: str, message: str = "", **facts: object) -> None:

@@ -45,6 +45,13 @@ def test_flags_win_over_variables_and_variables_over_files(tmp_path: Path) -> No
         ("[table]\nslots = 100", ["slots", "power of two"]),
         ("[sequence]\nactions = ['click', 'profile']", ["profile"]),
         ("not toml", ["TOML"]),
+        ("[sequence]\nlateness_seconds = -1", ["$.sequence.lateness_seconds", ">= 0"]),
+        ("[sequence]\nlateness_seconds = inf", ["$.sequence.lateness_seconds", "<="]),
+        ("[trainer]\nfade_targets = 0", ["$.trainer.fade_targets", "> 0"]),
+        ("[weights]\nchunk_bytes = 0", ["$.weights.chunk_bytes", ">= 1"]),
+        ("[scorer]\nscore_sample = 1.5", ["$.scorer.score_sample", "<= 1"]),
+        ("[telemetry]\nport = 65536", ["$.telemetry.port", "65535"]),
+        ("[telemetry]\nlog_level = 'loud'", ["$.telemetry.log_level", "loud"]),
     ],
 )
 def test_a_wrong_file_is_refused_with_the_place(tmp_path: Path, text: str, names: list[str]) -> None:

@@ -36,3 +36,25 @@ def test_the_second_signal_leaves_at_once() -> None:
         assert role.stdout.readline() == "draining\n"
         role.send_signal(signal.SIGTERM)
         assert role.wait(10) == 130
+
+
+SET_ANYWHERE = """
+import sys
+from streamgr.service import Stop
+for place in range(60):
+    stop, left = Stop(), [place]
+    def handler(frame, event, argument):  # as a signal handler does, between any two steps
+        left[0] -= 1
+        if left[0] == 0:
+            stop.set()
+        return handler
+    sys.settrace(handler)
+    stop.wait(0.001)
+    sys.settrace(None)
+    stop.set()
+    assert stop and stop.wait(0)
+"""
+
+
+def test_a_signal_in_the_middle_of_a_wait_is_no_deadlock() -> None:
+    assert subprocess.run([sys.executable, "-c", SET_ANYWHERE], timeout=20, check=False).returncode == 0

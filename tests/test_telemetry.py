@@ -55,6 +55,13 @@ def test_probes_follow_the_conditions_and_the_loop() -> None:
         probes.close()
 
 
+def test_a_role_that_has_not_said_what_it_waits_for_is_not_ready() -> None:
+    health = Health("new", ManualClock())
+    assert health.ready() == (False, {"started": "starting"})
+    health.hold("open")
+    assert health.ready() == (True, {"open": "ok"})
+
+
 def test_a_deadline_is_one_budget() -> None:
     clock = ManualClock()
     deadline = Deadline(clock, 2.0)

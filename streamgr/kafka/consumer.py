@@ -54,7 +54,7 @@ class Consumer:
         self._clock = SystemClock()
         self._positions: dict[Partition, int] = {}  # the next offset of each owned partition
         self._append_ms: dict[Partition, int] = {}
-        self._gauged = 0.0
+        self._gauged, self._topics = 0.0, set[str]()
         self._closed = False
         try:
             self._consumer = confluent_kafka.Consumer(
@@ -247,7 +247,8 @@ class Consumer:
             return
         self._gauged = now
         lags = self.lag()
-        for topic in {topic for topic, _ in self._positions}:
+        self._topics |= {topic for topic, _ in self._positions}  # one that is no longer owned has no lag, not its last
+        for topic in self._topics:
             LAG.labels(topic).set(sum(records for (t, _), records in lags.items() if t == topic))
             if times := [ms for (t, _), ms in self._append_ms.items() if t == topic]:
                 POSITION_TIME.labels(topic).set(min(times) / 1000)

@@ -108,7 +108,7 @@ class EmbeddedBroker:
         properties, log = directory / "server.properties", directory / "broker.log"
         env = {"LOG_DIR": str(directory / "logs")} | JVM | dict(environ)
         if not properties.is_file():  # a used directory keeps its ports, so that its clients find it again
-            port, controller = _free_ports(2)
+            port, controller = free_ports(2)
             properties.write_text(PROPERTIES.format(port=port, controller=controller, data=directory / "data"))
         bootstrap = properties.read_text().split("advertised.listeners=PLAINTEXT://")[1].splitlines()[0]
         _format(home, directory, env, log)
@@ -215,9 +215,10 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
             continue
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback address that nobody listens on at this moment, all different."""
     held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in held]
+    ports = [int(s.getsockname()[1]) for s in held]
     for s in held:
         s.close()
     return ports

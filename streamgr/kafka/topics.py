@@ -23,7 +23,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
 )
 
 from streamgr.clock import Deadline, SystemClock
-from streamgr.config import Kafka
+from streamgr.config import Kafka, shipped
 from streamgr.errors import ConfigError
 from streamgr.kafka.client import ADMIN_SECONDS, Admin, translate
 from streamgr.service import Stop
@@ -75,12 +75,8 @@ class Identity:
 
 
 def specs_path() -> Path:
-    """The directory `topics/`: beside the package in a checkout, inside it in a wheel."""
-    package = Path(__file__).resolve().parents[1]
-    for path in (package / "_data" / "topics", package.parent / "topics"):
-        if (path / "topics.toml").is_file():
-            return path
-    raise ConfigError("topics/topics.toml is missing", where=str(package), remedy="install streamgr again")
+    """The directory `topics/` that comes with the package."""
+    return shipped("topics/topics.toml").parent
 
 
 def load_specs(path: Path, prefix: str) -> list[TopicSpec]:
@@ -143,6 +139,13 @@ def apply(settings: Kafka, specs: list[TopicSpec]) -> list[Finding]:
             done.append(Finding("done", spec.name, f"set {', '.join(f'{k}={spec.config[k]}' for k in differing)}"))
     changed = {finding.topic for finding in done}
     return done + [f for f in check(settings, specs) if f.level != "ok" or f.topic not in changed]
+
+
+def ensure(settings: Kafka) -> None:
+    """Bring all topics to their specs. Raises `ConfigError` for the first that cannot be brought there."""
+    for finding in apply(settings, load_specs(specs_path(), settings.topic_prefix)):
+        if finding.level == "fail":
+            raise ConfigError(finding.what, where=finding.topic, remedy=finding.remedy)
 
 
 def identity(settings: Kafka, topic: str) -> Identity:

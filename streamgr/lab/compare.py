@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 
 from streamgr.errors import DataError
 
-MODELS = ("continuous", "frozen", "popularity", "oracle")
 SHRINK = 20.0  # impressions that the base rate counts for
 BASE_RATE_TARGETS = 1_000.0  # half-life of the running base rate
 NOW_TARGETS = 1_000.0  # half-life of the figures shown as "now"

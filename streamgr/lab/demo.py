@@ -123,9 +123,7 @@ class Demo:
             own = f"{kafka.topic_prefix}-demo-{self._clock.now_ms():x}"
             self._say(f"{kafka.topic_prefix}.* hold records already: this run uses topics of its own")
             config = change(config, kafka=change(config.kafka, topic_prefix=own))
-        for finding in topics.apply(config.kafka, topics.load_specs(topics.specs_path(), config.kafka.topic_prefix)):
-            if finding.level == "fail":
-                raise ConfigError(finding.what, where=finding.topic, remedy=finding.remedy)
+        topics.ensure(config.kafka)
         return config
 
     def _source(self) -> str:

@@ -7,9 +7,9 @@ in exactly one sequence, counted straight from the file) and the verdict (`lab.j
 and the configuration lacks are appended to `sequence.actions`.
 
 The trainer reads examples in the order of their watermarks; "test, then train" is per step: a step's targets are all
-predicted before any of them is learned. A backlog fills every step, and with the default 16,384 tokens one step would
-be hours of a small log, in which items are born and forgotten; so steps are cut to at most `STEP_TOKENS` here, nearer
-to what a live trainer takes. Baselines learn after every source record, which if anything favours them.
+predicted before any of them is learned. A backlog fills every step, and with the default `trainer.batch_tokens` one
+step would be hours of a small log, in which items are born and forgotten; so steps are cut to at most `STEP_TOKENS`
+here, nearer to what a live trainer takes. Baselines learn after every source record, which if anything favours them.
 """
 
 import argparse
@@ -85,10 +85,7 @@ def evaluate(
         )
     config = _own(config, dataset, broker, directory, clock)
     prefix, actions = config.kafka.topic_prefix, list(config.sequence.actions)
-    specs = topics.load_specs(topics.specs_path(), prefix)
-    for finding in topics.apply(config.kafka, specs):
-        if finding.level == "fail":
-            raise ConfigError(finding.what, where=finding.topic, remedy=finding.remedy)
+    topics.ensure(config.kafka)
     say(f"publishing {events} events to {prefix}.events")
     producer = Producer(config.kafka, client_id="streamgr-evaluate", linger_seconds=LINGER_SECONDS, stop=stop)
     try:

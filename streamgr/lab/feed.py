@@ -24,9 +24,11 @@ from typing import BinaryIO, NamedTuple, Protocol
 
 import msgspec
 
-from streamgr.clock import Clock, SystemClock
+from streamgr.clock import Clock, SystemClock, milliseconds
 from streamgr.config import Config, load
 from streamgr.errors import ConfigError, StreamgrError
+from streamgr.events import heartbeat
+from streamgr.lab.produce import closing_ms
 from streamgr.lab.simulator import Shown, World
 from streamgr.service import Stop
 from streamgr.telemetry import Health, Log, Probes, announce, counter, gauge
@@ -36,6 +38,8 @@ RANKED = counter("feed_rankings", "Slates, by where their order came from.", ("s
 WAITS = counter("feed_waits", "Times the feed waited for the trainer.")
 FIRST = gauge("feed_first_event_timestamp_seconds", "When the first event was sent; 0 before.")
 CLOSED = gauge("feed_closed", "1 when everything is sent and every label closed.")
+for _kind in ("impression", "action"):
+    SENT.labels(_kind)
 SOURCES = ("scorer", "untaught", "no_weights", "slow", "unreachable", "refused", "behind")
 for _source in SOURCES:
     RANKED.labels(_source)
@@ -140,7 +144,7 @@ class Feed:
         """Feed until the end; returns how many events were sent (heartbeats excluded)."""
         start_ms = self._clock.now_ms()
         world = World(self._settings, start_ms)
-        end_ms = None if seconds is None else start_ms + round(seconds * 1000)
+        end_ms = None if seconds is None else start_ms + milliseconds(seconds)
         paid_ms = start_ms  # the time whose events have been sent
         FIRST.set(start_ms / 1000)
         while not self._stop:
@@ -152,7 +156,7 @@ class Feed:
                 if not self._due:
                     break
             else:
-                paid_ms = max(paid_ms, now_ms - round(DEBT_SECONDS * 1000))
+                paid_ms = max(paid_ms, now_ms - milliseconds(DEBT_SECONDS))
                 if paid_ms <= now_ms:
                     sent = self._show(world, now_ms, behind=now_ms - paid_ms > DEBT_SECONDS * 500)
                     paid_ms = paid_ms + round(sent * 1000 / self._settings.rate) if sent else now_ms
@@ -173,7 +177,7 @@ class Feed:
             return 0
         RANKED.labels(ranking.source).inc()
         now_ms = self._clock.now_ms()  # shown when the answer is here
-        self._rested[user] = now_ms + round(REST_SECONDS * 1000)
+        self._rested[user] = now_ms + milliseconds(REST_SECONDS)
         shown = world.show(user, world.slate(ranking.items or candidates, self._settings.explore), now_ms)
         return self._publish(user, shown, now_ms)
 
@@ -204,20 +208,17 @@ class Feed:
         """A heartbeat to every partition, when it is time."""
         if now_ms - self._beat_ms >= self._settings.heartbeat_seconds * 1000:
             self._beat_ms = now_ms
+            beat = heartbeat(now_ms)
             for partition in range(self._partitions):
-                self._publisher.send(self._topic, _heartbeat(now_ms), partition=partition)
+                self._publisher.send(self._topic, beat, partition=partition)
 
     def _close(self) -> None:
         """Close every open label: the watermark must pass the last event by window, lateness and a step."""
-        s = self._config.sequence
-        ahead = s.attribution_window_seconds + s.lateness_seconds + 2 * s.close_step_seconds
-        self._act(
-            self._clock.now_ms() + round(self._settings.act_within_seconds * 1000)
-        )  # told to stop: send what is left
+        sequence, now_ms = self._config.sequence, self._clock.now_ms()
+        self._act(now_ms + milliseconds(self._settings.act_within_seconds))  # told to stop: send what is left
+        beat = heartbeat(now_ms + closing_ms(sequence) + milliseconds(sequence.close_step_seconds))
         for partition in range(self._partitions):
-            self._publisher.send(
-                self._topic, _heartbeat(self._clock.now_ms() + round(ahead * 1000)), partition=partition
-            )
+            self._publisher.send(self._topic, beat, partition=partition)
         self._publisher.confirm(timeout=10.0)
         CLOSED.set(1)
 
@@ -232,10 +233,6 @@ class Feed:
         self._publisher.send(self._topic, value, key=user.encode())
         SENT.labels(kind).inc()
         self._events += 1
-
-
-def _heartbeat(time_ms: int) -> bytes:
-    return msgspec.json.encode({"type": "heartbeat", "event_time": time_ms})
 
 
 def main(argv: list[str] | None = None) -> int:

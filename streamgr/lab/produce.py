@@ -17,15 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from streamgr import config as configuration
-from streamgr.clock import Clock, SystemClock
+from streamgr.clock import Clock, SystemClock, milliseconds
 from streamgr.config import Config
 from streamgr.errors import TryAgain, UsageError
-from streamgr.events import Heartbeat
+from streamgr.events import Heartbeat, heartbeat
 from streamgr.kafka import topics
 from streamgr.kafka.producer import Producer
 from streamgr.lab.datasets import Dataset, Row
@@ -97,11 +96,10 @@ class _Publication:
         self._clock, self._stop = clock, stop
         settings = config.sequence
         self._closing_ms = closing_ms(settings)
-        self._max_step_ms = round(settings.max_step_seconds * 1000)
-        self._lateness_ms = round(settings.lateness_seconds * 1000)
-        step_ms = round(settings.close_step_seconds * 1000)
-        paced_ms = max(step_ms, round(BEAT_SECONDS * 1000 * speed))
-        self._beat_ms = paced_ms if speed else max(step_ms, round(settings.attribution_window_seconds * 1000))
+        self._max_step_ms = milliseconds(settings.max_step_seconds)
+        self._lateness_ms = milliseconds(settings.lateness_seconds)
+        beat_seconds = BEAT_SECONDS * speed if speed else settings.attribution_window_seconds
+        self._beat_ms = max(milliseconds(settings.close_step_seconds), milliseconds(beat_seconds))
         self._beat_events = 0 if speed else EVENTS_A_BEAT * partitions
         self._beaten_ms, self._since_beat, self._in_order = -1, 0, True
         self._done = Published()
@@ -165,7 +163,7 @@ class _Publication:
     def _round(self, times: "Iterator[int] | list[int]") -> None:
         """Heartbeats of these times to every partition."""
         for time in times:
-            value = msgspec.json.encode({"type": "heartbeat", "event_time": time})
+            value = heartbeat(time)
             for partition in range(self._partitions):
                 self._sender.send(self._topic, value, partition=partition)
             self._done.heartbeats += self._partitions
@@ -176,7 +174,7 @@ class _Publication:
 def closing_ms(settings: configuration.Sequence) -> int:
     """How far past an event a heartbeat must lie to close its label: window + lateness + one step (ms)."""
     seconds = (settings.attribution_window_seconds, settings.lateness_seconds, settings.close_step_seconds)
-    return sum(round(s * 1000) for s in seconds)
+    return sum(map(milliseconds, seconds))
 
 
 def run(config: Config, args: argparse.Namespace) -> int:

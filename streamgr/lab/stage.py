@@ -8,10 +8,11 @@ from pathlib import Path
 
 import msgspec
 
-from streamgr.config import Config, load
+from streamgr.config import Config, load, shipped
 from streamgr.errors import ConfigError
 from streamgr.events import FIRST_ACTION, IMPRESSION, Event
 from streamgr.kafka.consumer import Consumer
+from streamgr.kafka.embedded import free_ports
 from streamgr.lab.datasets import Dataset
 
 ROLES = ("sequencer", "trainer", "scorer")
@@ -20,7 +21,7 @@ PROCESSES = (*ROLES, "feed")
 
 def profile(name: str, config: Config, origin: Mapping[str, str]) -> Config:
     """The profile `config/<name>.toml` with every key of `config` that somebody has set: those in `origin`."""
-    settings, _ = load([_profile_path(f"{name}.toml")], {})
+    settings, _ = load([shipped(f"config/{name}.toml")], {})
     for path in origin:
         section, _, key = path.partition(".")
         table = msgspec.structs.replace(getattr(settings, section), **{key: getattr(getattr(config, section), key)})
@@ -30,7 +31,7 @@ def profile(name: str, config: Config, origin: Mapping[str, str]) -> Config:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What the processes of one run share. `files` and `ports` (telemetry) by process; `url` is the scorer's."""
+    """What the processes of one run share. `files` and `ports` (telemetry) by process."""
 
     config: Config
     files: Mapping[str, str]
@@ -47,7 +48,7 @@ class Stage:
 def build(config: Config, directory: Path) -> Stage:
     """Write a configuration file for each process into `directory`, which also takes the state and the logs."""
     change = msgspec.structs.replace
-    *telemetry, http = _free_ports(len(PROCESSES) + 1)
+    *telemetry, http = free_ports(len(PROCESSES) + 1)
     ports = dict(zip(PROCESSES, telemetry, strict=True))
     predictions = directory / "predictions.jsonl"
     shared = change(
@@ -120,23 +121,6 @@ def _value(value: object) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_value, value)) + "]"
     return json.dumps(value)
-
-
-def _profile_path(name: str) -> Path:
-    """Beside the package in a checkout, inside it in a wheel."""
-    package = Path(__file__).resolve().parents[1]
-    for path in (package / "_data" / "config" / name, package.parent / "config" / name):
-        if path.is_file():
-            return path
-    raise ConfigError(f"config/{name} is missing", where=str(package), remedy="install streamgr again")
-
-
-def _free_ports(count: int) -> list[int]:
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(s.getsockname()[1]) for s in held]
-    for s in held:
-        s.close()
-    return ports
 
 
 def _is_free(port: int) -> bool:

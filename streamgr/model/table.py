@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from streamgr import config
+from streamgr.clock import milliseconds
 from streamgr.errors import ConfigError, DataError
 from streamgr.model.admission import Sketch
 from streamgr.model.hashing import U64, buckets, fallback_rows
@@ -71,9 +72,9 @@ class IdTable:
         self.first_slot = 1 + settings.fallback_rows
         self._width = settings.bucket_width
         self._buckets = settings.slots // settings.bucket_width
-        self._ttl_ms = round(settings.ttl_seconds * 1000)
+        self._ttl_ms = milliseconds(settings.ttl_seconds)
         half_life = settings.half_life_seconds or settings.ttl_seconds / 4
-        self._half_life_ms = min(max(round(half_life * 1000), 1000), 1 << 42)
+        self._half_life_ms = min(max(milliseconds(half_life), 1000), 1 << 42)
 
         self._keys: U64 = np.zeros(settings.slots, np.uint64)
         self._last_ms: I64 = np.full(settings.slots, EMPTY, np.int64)

@@ -7,13 +7,14 @@ a few at a time so that a reader never waits long. It assigns itself every parti
 import threading
 from dataclasses import dataclass, field
 
-from streamgr.clock import Clock
+from streamgr.clock import Clock, milliseconds
 from streamgr.config import Config
+from streamgr.errors import RetentionPassed
 from streamgr.events import History, Record
 from streamgr.kafka.consumer import Consumer
 from streamgr.kafka.topics import identity
 from streamgr.sequence import views
-from streamgr.sequence.partition import Partition, fingerprint, milliseconds
+from streamgr.sequence.partition import Partition, fingerprint
 from streamgr.sequence.tail import Tail
 from streamgr.service import Stop
 from streamgr.state.rocks import Memory
@@ -87,7 +88,12 @@ class Follower:
     def step(self, timeout: float = 0.05) -> int:
         """Take what has come; how many records. Raises `RetentionPassed` where the log has overtaken us."""
         by_partition: dict[int, list[Record]] = {}
-        records = self._consumer.poll(timeout=timeout)
+        try:
+            records = self._consumer.poll(timeout=timeout)
+        except RetentionPassed as error:
+            directory = self._config.role_directory(self._role)
+            remedy = f"remove {directory}: the sequences start again where the log does; then raise its retention.ms"
+            raise RetentionPassed(error.what, where=error.where, remedy=remedy) from None
         for record in records:
             by_partition.setdefault(record.partition, []).append(record)
         for number, taken in by_partition.items():

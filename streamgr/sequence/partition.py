@@ -21,6 +21,7 @@ import msgspec
 import numpy as np
 
 from streamgr import config
+from streamgr.clock import milliseconds
 from streamgr.errors import DataError
 from streamgr.events import (
     IMPRESSION,
@@ -63,11 +64,6 @@ def fingerprint(cluster_id: str, topic_id: str, settings: config.Sequence) -> st
         EMISSION,
     )
     return blake2b(msgspec.json.encode(parts), digest_size=8).hexdigest()
-
-
-def milliseconds(seconds: float) -> int:
-    """Seconds of the configuration as whole milliseconds."""
-    return round(seconds * 1000)
 
 
 @dataclass(slots=True)
@@ -396,5 +392,6 @@ class Partition:
         self._batch.delete_prefix("events", uid, codec.EVENT_KEY_BYTES)
         self._batch.delete("users", uid)
         del self._tails[user]
+        self._profiles = {key for key in self._profiles if not key.startswith(uid)}
         self._erased.add(user)
         self._touched.add(user)

@@ -20,18 +20,16 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import msgspec
-
-from streamgr.clock import Clock, Deadline
+from streamgr.clock import Clock, Deadline, milliseconds
 from streamgr.config import Config
 from streamgr.errors import ConfigError, RetentionPassed, TryAgain
-from streamgr.events import Record
+from streamgr.events import Record, heartbeat
 from streamgr.kafka.consumer import Consumer
 from streamgr.kafka.producer import Producer
 from streamgr.kafka.topics import Identity, identity
 from streamgr.sequence import examples as wire
 from streamgr.sequence import meters
-from streamgr.sequence.partition import Applied, Partition, fingerprint, milliseconds
+from streamgr.sequence.partition import Applied, Partition, fingerprint
 from streamgr.service import Stop
 from streamgr.state.rocks import Memory
 from streamgr.state.store import Meta, Store, partition_directory
@@ -133,7 +131,8 @@ class Sequencer:
                 span = self._spans.setdefault(number, [records[0].append_ms, 0])
                 span[1] = records[-1].append_ms
                 self._emit(number, partition.apply(records), producer)
-        self._heartbeat(producer)
+        if ends is None:  # a backfill adds nothing to what it works off
+            self._heartbeat(producer)
         if self._clock.monotonic() - self._committed >= self._config.sequence.commit_interval_seconds:
             self._commit(consumer, producer)
         self._health.turned()
@@ -198,7 +197,7 @@ class Sequencer:
         every = self._config.sequence.heartbeat_seconds
         if every and self._clock.monotonic() - self._beaten >= every:
             self._beaten = self._clock.monotonic()
-            beat = msgspec.json.encode({"type": "heartbeat", "event_time": self._clock.now_ms()})
+            beat = heartbeat(self._clock.now_ms())
             for number in self._partitions:
                 producer.send(self._events, beat, partition=number)
 

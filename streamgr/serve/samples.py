@@ -16,6 +16,8 @@ from streamgr.serve.wire import Answer, RankRequest, RetrieveRequest
 from streamgr.telemetry import Log, counter
 
 SAMPLED = counter("scores_sampled", "Answers chosen for the scores topic.", ("outcome",))
+for _outcome in ("sent", "dropped"):
+    SAMPLED.labels(_outcome)  # 0 is a value too
 BUFFERED = 1_000
 CLOSE_SECONDS = 3.0
 
@@ -57,6 +59,7 @@ class Samples:
         self._producer.close()
 
     def _send(self) -> None:
+        said = False  # of drops in a row the first is logged; the counter has them all
         while not (self._closing.is_set() and self._waiting.empty()):
             try:
                 key, value = self._waiting.get(timeout=0.2)
@@ -65,6 +68,9 @@ class Samples:
                 continue
             except StreamgrError as error:
                 SAMPLED.labels("dropped").inc()
-                self._log.warning("sample_dropped", str(error))
+                if not said:
+                    self._log.warning("sample_dropped", str(error))
+                said = True
             else:
+                said = False
                 SAMPLED.labels("sent").inc()

@@ -30,7 +30,7 @@ from streamgr.kafka.producer import Producer
 from streamgr.sequence.follower import Follower
 from streamgr.serve import wire
 from streamgr.serve.http import Desk, NotReady, create_app
-from streamgr.serve.model import LiveWeights
+from streamgr.serve.model import LiveWeights, NoWeights
 from streamgr.serve.ranker import Ranker
 from streamgr.serve.samples import Samples
 from streamgr.service import Stop
@@ -172,16 +172,23 @@ class Scorer:
     # --- questions, in the pool ---
 
     def _rank(self, ask: wire.RankRequest) -> wire.Answer:
+        self._require_weights()
         self._require_open()
         return self._sampled(ask, self._ranker.rank(ask))
 
     def _retrieve(self, ask: wire.RetrieveRequest) -> wire.Answer:
+        self._require_weights()
         self._require_open()
         return self._sampled(ask, self._ranker.retrieve(ask))
 
     def _sequence(self, user: str) -> dict[str, Any]:
         self._require_open()
         return self._follower.sequence(user)
+
+    def _require_weights(self) -> None:
+        """Asked first: before the first version the answer is `no_weights`, whatever else is not there yet."""
+        if self._weights.version is None:
+            raise NoWeights
 
     def _require_open(self) -> None:
         if not self._opened.is_set():

@@ -2,12 +2,13 @@
 
 One directory a checkpoint, named by its step: `tensors.safetensors` and `checkpoint.json`, whose digest covers the
 tensors. Written beside its name, fsynced, renamed, and the parent fsynced: a crash leaves a directory that begins with
-a dot and is removed at the next save. The two newest are kept. A newest one that is damaged is passed over with a
-warning, which costs time but no bits: the step log reaches back to the oldest one kept.
+a dot and is removed at the next save. A second one of the same step (positions move while nothing is learned) is named
+`<step>.1` and so on, so nothing is removed before its successor is there. The two newest are kept. A newest one that is
+damaged is passed over with a warning, which costs time but no bits: the step log reaches back to the oldest one kept.
 """
 
 import fcntl
-import os
+import re
 import shutil
 from hashlib import sha256
 from io import TextIOWrapper
@@ -23,11 +24,13 @@ from torch import Tensor
 from streamgr import __version__
 from streamgr.errors import ConfigError, DataError, StateNotWritable, TryAgain
 from streamgr.telemetry import DURATION_BUCKETS, Log, gauge, histogram
+from streamgr.train import files
 from streamgr.train.lane import LaneState
 from streamgr.weights.manifest import model_differences
 
 FORMAT = 1
 KEPT = 2
+NAME = re.compile(r"\d{12}(\.\d+)?")
 DURATION = histogram("train_checkpoint_duration_seconds", "From state to renamed directory.", (), DURATION_BUCKETS)
 WRITTEN = gauge("train_checkpoint_timestamp_seconds", "When the newest checkpoint was written.")
 
@@ -76,17 +79,18 @@ class Checkpoints:
             self._directory.mkdir(parents=True, exist_ok=True)
             for stale in self._directory.glob(".*"):
                 shutil.rmtree(stale)
-            temporary, final = self._directory / f".{facts.step:012d}", self._directory / f"{facts.step:012d}"
+            name = f"{facts.step:012d}"
+            if same := [again for step, again in map(_order, self._found()) if step == facts.step]:
+                name += f".{max(same) + 1}"
+            temporary, final = self._directory / f".{name}", self._directory / name
             temporary.mkdir()
             data = save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()})
-            _write(temporary / "tensors.safetensors", data)
+            files.write(temporary / "tensors.safetensors", data)
             envelope = Envelope(FORMAT, __version__, sha256(data).hexdigest(), facts)
-            _write(temporary / "checkpoint.json", msgspec.json.encode(envelope))
-            _sync_directory(temporary)
-            if final.exists():  # the same step again: nothing was learned since
-                shutil.rmtree(final)
+            files.write(temporary / "checkpoint.json", msgspec.json.encode(envelope))
+            files.sync_directory(temporary)
             temporary.rename(final)
-            _sync_directory(self._directory)
+            files.sync_directory(self._directory)
             for old in self._found()[KEPT:]:
                 shutil.rmtree(old)
         except OSError as error:
@@ -96,7 +100,7 @@ class Checkpoints:
                 remedy="free space or permissions, then start again: nothing is lost",
             ) from None
         WRITTEN.set(facts.written_ms / 1000)
-        return int(self._found()[-1].name)
+        return _order(self._found()[-1])[0]
 
     def load(self, architecture: dict[str, Any], seed: int) -> tuple[Facts, dict[str, Tensor]] | None:
         """The newest whole one, or None where there is none.
@@ -133,7 +137,13 @@ class Checkpoints:
         """Newest first."""
         if not self._directory.exists():
             return []
-        return sorted((p for p in self._directory.iterdir() if p.name.isdigit()), reverse=True)
+        return sorted((p for p in self._directory.iterdir() if NAME.fullmatch(p.name)), key=_order, reverse=True)
+
+
+def _order(path: Path) -> tuple[int, int]:
+    """(step, which one of that step) of a checkpoint's directory."""
+    step, _, again = path.name.partition(".")
+    return int(step), int(again or 0)
 
 
 def _require_format(path: Path) -> None:
@@ -177,18 +187,3 @@ def lock(directory: Path) -> TextIOWrapper:
         remedy = "check state.directory, its owner and free space"
         raise StateNotWritable(f"cannot be written: {error.strerror}", where=str(path), remedy=remedy) from None
     return file
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

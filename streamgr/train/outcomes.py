@@ -40,7 +40,7 @@ class Outcomes:
         self.prequential = prequential
         self._actions = list(actions)
         self._fresh: list[NDArray[np.int64]] = []
-        self._log = None
+        self._path, self._log = log_path, None
         if log_path:
             try:
                 Path(log_path).parent.mkdir(parents=True, exist_ok=True)
@@ -48,11 +48,7 @@ class Outcomes:
                 self._log.truncate(min(log_bytes, self._log.tell()))
                 self._log.seek(0, os.SEEK_END)
             except OSError as error:
-                raise StateNotWritable(
-                    f"cannot write: {error.strerror}",
-                    where=log_path,
-                    remedy="set trainer.prequential_log to a file that can be written",
-                ) from None
+                raise self._refused(error) from None
 
     def add(
         self, partitions: Sequence[int], batch: Batch, predictions: Predictions, *, version: int, gradient_ms: int
@@ -64,8 +60,11 @@ class Outcomes:
         own_kind = np.arange(len(self._actions)) == targets.kind[found][:, None].astype(np.int64) - FIRST_ACTION
         self.prequential.add_retrieval(predictions.rank[found], targets.labels[found] | own_kind)
         if self._log is not None:
-            self._log.write(b"".join(self._lines(partitions, batch, predictions, version, gradient_ms)))
-            self._log.flush()
+            try:
+                self._log.write(b"".join(self._lines(partitions, batch, predictions, version, gradient_ms)))
+                self._log.flush()
+            except OSError as error:
+                raise self._refused(error) from None
 
     def learned(self, batch: Batch, gradient_ms: int) -> None:
         """Note when each target was shown, closed and learned."""
@@ -91,12 +90,19 @@ class Outcomes:
         """Make the log durable; returns its length."""
         if self._log is None:
             return 0
-        os.fsync(self._log.fileno())
+        try:
+            os.fsync(self._log.fileno())
+        except OSError as error:
+            raise self._refused(error) from None
         return self._log.tell()
 
     def close(self) -> None:
         if self._log is not None:
             self._log.close()
+
+    def _refused(self, error: OSError) -> StateNotWritable:
+        remedy = "free space, or set trainer.prequential_log to a file that can be written"
+        return StateNotWritable(f"cannot write: {error.strerror}", where=self._path, remedy=remedy)
 
     def _lines(
         self, partitions: Sequence[int], batch: Batch, predictions: Predictions, version: int, gradient_ms: int

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from streamgr.clock import Clock
-from streamgr.errors import DataError
+from streamgr.errors import DataError, RetentionPassed
 from streamgr.events import Record
 from streamgr.sequence.examples import BEFORE_ALL, Example, Position, decode
 from streamgr.train.lane import Lane, LaneState, Waiting
@@ -104,7 +104,11 @@ class ExamplesReader:
     def poll(self, timeout: float) -> int:
         """Fetch and queue; returns how many records came. Raises `OutputsMissing`, `DataError`, `RetentionPassed`."""
         self._hold_back()
-        records = self._source.poll(1000, timeout)
+        try:
+            records = self._source.poll(1000, timeout)
+        except RetentionPassed as error:
+            remedy = "restore the topic; or go on without them: start once with trainer.accept_loss = true"
+            raise RetentionPassed(error.what, where=error.where, remedy=remedy) from None
         for record in records:
             lane = self.lanes[record.partition]
             if self._last is not None and record.offset >= self._last[record.partition]:

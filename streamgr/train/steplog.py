@@ -16,6 +16,7 @@ import msgspec
 
 from streamgr.errors import DataError, StateNotWritable
 from streamgr.sequence.examples import Position
+from streamgr.train import files
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -37,12 +38,19 @@ class StepLog:
         self._file = self._open()
 
     def append(self, step: Step) -> None:
-        self._write(self._file, msgspec.json.encode(step) + b"\n")
+        try:
+            self._file.write(msgspec.json.encode(step) + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise _refused(self._path, error) from None
         self.steps.append(step)
 
     def sync(self) -> None:
         """What was appended survives the machine from here on."""
-        os.fsync(self._file.fileno())
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _refused(self._path, error) from None
 
     def after(self, step: int) -> list[Step]:
         """The steps after `step`, without a hole. Raises `DataError` where one is missing."""
@@ -60,9 +68,7 @@ class StepLog:
         self.steps = [s for s in self.steps if s.step > step]
         temporary = self._path.with_suffix(".tmp")
         try:
-            with temporary.open("wb") as file:
-                self._write(file, b"".join(msgspec.json.encode(s) + b"\n" for s in self.steps))
-                os.fsync(file.fileno())
+            files.write(temporary, b"".join(msgspec.json.encode(s) + b"\n" for s in self.steps))
             self._file.close()
             temporary.replace(self._path)
         except OSError as error:
@@ -75,14 +81,9 @@ class StepLog:
     def _open(self) -> BinaryIO:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            return self._path.open("ab")
-        except OSError as error:
-            raise _refused(self._path, error) from None
-
-    def _write(self, file: BinaryIO, line: bytes) -> None:
-        try:
-            file.write(line)
-            file.flush()
+            file = self._path.open("ab")
+            files.sync_directory(self._path.parent)  # else a synced step could stand in a file that is not there
+            return file
         except OSError as error:
             raise _refused(self._path, error) from None
 

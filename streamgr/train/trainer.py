@@ -18,7 +18,7 @@ from contextlib import ExitStack
 import msgspec
 import torch
 
-from streamgr.clock import Clock
+from streamgr.clock import Clock, milliseconds
 from streamgr.config import Config
 from streamgr.errors import ConfigError
 from streamgr.kafka.consumer import Consumer
@@ -44,9 +44,11 @@ USED = gauge("table_used_slots", "Slots that hold an id.", ("table",))
 ADMISSIONS = counter("table_admissions", "Ids given a slot.", ("table",))
 EVICTIONS = counter("table_evictions", "Slots taken back.", ("table", "reason"))
 UNPLACED = counter("table_unplaced", "Ids that found no slot free of their own batch.", ("table",))
+TABLE = "items"
 for _origin in ("live", "replay"):
     STEPS.labels(_origin)
-TABLE = "items"
+for _reason in ("full", "expired"):
+    EVICTIONS.labels(TABLE, _reason)
 
 
 class Trainer:
@@ -180,7 +182,7 @@ class Trainer:
             lanes,
             clock=self._clock,
             batch_tokens=settings.batch_tokens,
-            max_skew_ms=round(settings.max_skew_seconds * 1000),
+            max_skew_ms=milliseconds(settings.max_skew_seconds),
             accept_loss=settings.accept_loss,
         )
         self._since = 0  # the table's mark at the last version
@@ -322,7 +324,7 @@ class Trainer:
         """Append time (ms) of the newest source record fully in the weights, the minimum over partitions; 0: unknown.
 
         A partition that has no records holds nobody back; one whose records are still unanswered holds the horizon
-        where it is. It never moves back.
+        where it is. Where nobody has any, it is the moment we first looked. It never moves back.
         """
         known = []
         for partition, lane in self._reader.lanes.items():

@@ -35,14 +35,14 @@ class ManifestLog:
         self._consumer, self._topic = consumer, topic
         self.next_offset = 0
 
-    def start(self, offset: int | None = None) -> None:
-        """Go on from `offset`, or from the first record that the log still holds."""
-        self.next_offset = self.bounds()[0] if offset is None else offset
+    def start(self, wait_seconds: float = ASK_SECONDS) -> None:
+        """Begin with the first record that the log still holds; raises as `bounds`."""
+        self.next_offset = self.bounds(wait_seconds)[0]
         self._consumer.assign({(self._topic, 0): self.next_offset})
 
-    def bounds(self) -> tuple[int, int]:
-        """First offset held and end offset. Raises `BrokerUnreachable` within a second or so."""
-        return self._consumer.bounds(self._topic, 0, wait_seconds=ASK_SECONDS)
+    def bounds(self, wait_seconds: float = ASK_SECONDS) -> tuple[int, int]:
+        """First offset held and end offset. Raises `BrokerUnreachable` when the broker stays away for so long."""
+        return self._consumer.bounds(self._topic, 0, wait_seconds=wait_seconds)
 
     def read(self, timeout: float) -> list[Entry]:
         """What has come since, in log order; raises `RetentionPassed` where the log no longer holds our place."""

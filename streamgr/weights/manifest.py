@@ -249,3 +249,7 @@ def _check(manifest: Manifest, key: bytes | None, offset: int, where: str) -> No
     sizes = [chunk.size for chunk in manifest.chunks]
     if not sizes or min(sizes) < 1 or sum(sizes) != manifest.bytes or min(c.offset for c in manifest.chunks) < 0:
         raise Rejected("schema", f"chunks of {sum(sizes)} bytes for {manifest.bytes}", where=where)
+    try:
+        Learned.unpack(manifest.learned)
+    except DataError as error:
+        raise Rejected("schema", error.what, where=where) from None

@@ -1,8 +1,8 @@
 """The payload: named tensors to bytes and back, with every byte accounted for.
 
 A payload is a dict of tensors: `dense/<parameter>` for the network and, for the ID table, the four columns
-`table/rows` i64[n], `table/keys` [n], `table/last_ms` [n] and `table/weight` f[n, D]. A snapshot holds all used rows
-(whoever applies it clears the others), a delta every dense parameter and the rows that changed.
+`table/rows` i64[n], `table/keys` i64[n] or u64[n], `table/last_ms` i64[n] and `table/weight` f[n, D]. A snapshot holds
+all used rows (whoever applies it clears the others), a delta every dense parameter and the rows that changed.
 
 On the wire it is one safetensors file cut into chunks. Records of the weights topic can be written by more than the
 trainer, so they are untrusted input: nothing executable is ever read (safetensors, no pickle), the header is bounded,
@@ -98,8 +98,10 @@ def check(payload: Payload) -> None:
     if len(present) < len(TABLE):
         raise Rejected("schema", f"a table needs {', '.join(TABLE)}; here are {', '.join(present)}")
     rows, keys, last, weight = (payload[name] for name in TABLE)
-    if rows.dtype != torch.int64 or not weight.is_floating_point():
-        raise Rejected("schema", f"rows of {rows.dtype}, weights of {weight.dtype}", where="table")
+    wide = (torch.int64, torch.uint64)
+    if not (rows.dtype == last.dtype == torch.int64 and keys.dtype in wide and weight.is_floating_point()):
+        kinds = ", ".join(f"{name} {payload[name].dtype}" for name in TABLE)
+        raise Rejected("schema", f"columns of other kinds than a table has: {kinds}", where="table")
     if rows.dim() != 1 or keys.shape != rows.shape or last.shape != rows.shape or weight.shape[:-1] != rows.shape:
         raise Rejected("shape", f"columns {[tuple(payload[name].shape) for name in TABLE]}", where="table")
     if len(rows) and (int(rows.min()) < 0 or len(torch.unique(rows)) != len(rows)):

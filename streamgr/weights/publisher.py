@@ -46,9 +46,13 @@ BYTES = counter("weights_bytes", "Payload bytes of the versions published.", ("k
 DURATION = histogram(
     "weights_publish_duration_seconds", "From payload to acknowledged manifest.", ("kind",), DURATION_BUCKETS
 )
+for _kind in ("snapshot", "delta"):
+    PUBLISHED.labels(_kind), BYTES.labels(_kind), DURATION.labels(_kind)  # 0 is a value too
 VERSION = gauge("weights_version", "The newest version published, or handed over for serving.", ("role",))
 
-READ_SECONDS = 60.0  # to read the manifests before the claim; afterwards a look takes one question
+READ_SECONDS = (
+    60.0  # to read the manifests, and how long a broker may be away: longer, and who starts us starts us again
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +101,7 @@ class Publisher:
         epoch = self._producer.send_confirmed(self._manifests_topic, record, key=CLAIM_KEY, partition=0)
         last = at_least
         try:
-            self._manifests.start()
+            self._manifests.start(READ_SECONDS)
             for entry in self._manifests.read_until(epoch + 1, Deadline(self._clock, READ_SECONDS)):
                 match entry.content:
                     case Manifest(version=version) | ClaimRecord(last_version=version):
@@ -197,7 +201,7 @@ class Publisher:
     def _look_for_successor(self, epoch: int) -> None:
         """Read what has come to the manifests since the last look: our own versions, or the claim that ends us."""
         try:
-            end = self._manifests.bounds()[1]
+            end = self._manifests.bounds(READ_SECONDS)[1]
             entries = self._manifests.read_until(end, Deadline(self._clock, READ_SECONDS))
         except BrokerUnreachable as error:
             raise TryAgain(error.what, where=error.where, remedy=error.remedy) from None

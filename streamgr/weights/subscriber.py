@@ -56,6 +56,7 @@ class Subscriber:
         self._clock, self._log = clock, log
         self._manifests = ManifestLog(consumer_factory(), config.topic("manifests"))
         self._chunks = ChunkLog(consumer_factory(), config.topic("weights"))
+        self._away = False  # the broker, when we last asked; said once
         self._start_end: int | None = None  # the end of the manifests when we began; None: not begun
         self._epoch = -1  # the newest that a claim or manifest has shown
         self._newest = (-1, 0)  # (epoch, version) of the last manifest taken in
@@ -91,12 +92,15 @@ class Subscriber:
                 self._start_end = self._manifests.bounds()[1]
             entries = self._manifests.read(timeout)
         except BrokerUnreachable as error:
-            self._log.warning("weights_broker_away", str(error))
+            if not self._away:
+                self._log.warning("weights_broker_away", str(error))
+            self._away = True
             return
         except RetentionPassed as error:
             self._reject(Rejected("truncated", error.what, where=error.where))
             self._start_end = None  # begin again with what is left; the chain has a gap until the next snapshot
             return
+        self._away = False
         for entry in entries:
             try:
                 self._take_in(entry)

@@ -71,9 +71,9 @@ def _reading(config: Config, clock: Clock) -> Iterator[tuple[list[tuple[Manifest
     log = ManifestLog(Consumer(config.kafka, client_id="streamgr-weights"), config.topic("manifests"))
     chunks = ChunkLog(Consumer(config.kafka, client_id="streamgr-weights"), config.topic("weights"))
     try:
-        log.start()
+        log.start(SECONDS)
         epoch, versions = -1, []
-        for entry in log.read_until(log.bounds()[1], Deadline(clock, SECONDS)):
+        for entry in log.read_until(log.bounds(SECONDS)[1], Deadline(clock, SECONDS)):
             match entry.content:
                 case ClaimRecord():
                     epoch = entry.offset

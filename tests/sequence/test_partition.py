@@ -413,6 +413,21 @@ def test_an_erased_user_leaves_nothing_and_may_come_back(tmp_path: Path) -> None
     assert run.duplicates == 0
 
 
+@pytest.mark.parametrize("kind", ["profile", "impression"])
+def test_what_comes_again_after_an_erasure_is_new_wherever_the_commits_fall(kind: str, tmp_path: Path) -> None:
+    again = {"type": kind, "event_id": "e", "user_id": "u", "item_id": "x", "event_time": 1}
+    rows = [again, again, {"erase": "u"}, again, again]
+    shown = []
+    for commits in (1, 2, 3, 4, 5):
+        run = Run(tmp_path / str(commits))
+        for start in range(0, len(rows), commits):
+            run.apply(records(rows[: start + commits])[start:])
+            run.partition.commit()
+        assert run.duplicates == 2
+        shown.append(run.exported())
+    assert shown == [shown[0]] * 5 and len(shown[0][0]["events"]) == 1
+
+
 def test_two_items_under_one_key_stop_the_work_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "item_key", lambda text: 7)
     row = {"type": "like", "event_id": "e", "user_id": "u", "item_id": "x", "event_time": 1}

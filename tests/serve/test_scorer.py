@@ -254,5 +254,5 @@ def test_without_a_broker_it_lives_says_why_and_leaves_when_told(tmp_path: Path)
         assert role.ask("/livez")[0] == 200
         status, conditions = role.ask("/readyz")
         assert status == 503 and conditions["sequences"] == "waiting for the broker"
-        assert role.ask("/v1/rank", {"user_id": "u", "candidates": ["a"]}) == (503, {"error": "not_ready"})
+        assert role.ask("/v1/rank", {"user_id": "u", "candidates": ["a"]}) == (503, {"error": "no_weights"})
         assert role.ask("/v1/users/u/sequence") == (503, {"error": "not_ready"})

@@ -1,3 +1,5 @@
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,23 @@ def test_what_is_saved_comes_back_and_two_are_kept(checkpoints: Checkpoints, tmp
     assert found is not None
     assert found[0] == facts(10)
     assert found[1]["w"].tolist() == [10, 10]
+
+
+def test_the_same_step_again_removes_nothing_before_it_is_there(
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(12):
+        oldest = checkpoints.save(facts(7), {"w": torch.full((1,), float(n))})
+    assert oldest == 7
+    assert len(list((tmp_path / "c").iterdir())) == 2
+    found = checkpoints.load(MODEL, 1)
+    assert found is not None and found[1]["w"].tolist() == [11]
+    with monkeypatch.context() as crash:
+        crash.setattr(Path, "rename", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            checkpoints.save(facts(7), {"w": torch.zeros(1)})
+    found = checkpoints.load(MODEL, 1)
+    assert found is not None and found[1]["w"].tolist() == [11]
 
 
 def test_nothing_saved_is_none(checkpoints: Checkpoints) -> None:
@@ -123,3 +142,15 @@ def test_the_step_log_survives_a_torn_line_and_names_a_hole(tmp_path: Path) -> N
     path.write_bytes(b"nonsense\n")
     with pytest.raises(DataError, match="not a step log"):
         StepLog(path)
+
+
+def test_a_disk_that_refuses_the_step_log_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    log = StepLog(tmp_path / "steps.jsonl")
+    log.append(Step(1, {}))
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StateNotWritable, match=r"No space left.*remedy: free space"):
+        log.sync()
+    log.close()

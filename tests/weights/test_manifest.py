@@ -122,6 +122,7 @@ def test_foreign_bytes_are_named(value: bytes, key: bytes | None) -> None:
         ({"chunks": [], "bytes": 0}, "schema"),
         ({"chunks": [Chunk(-1, 128, "")]}, "schema"),
         ({"chunks": [Chunk(7, 0, ""), Chunk(8, 128, "")]}, "schema"),
+        ({"learned": PackedLearned(1, 1, b"not deflated")}, "schema"),
     ],
 )
 def test_a_well_signed_contradiction_is_named(changes: dict, reason: str) -> None:

@@ -123,6 +123,8 @@ def test_the_manifest_decides(specs: dict[str, TensorSpec], reason: str) -> None
         ({"state/w": torch.zeros(1)}, "schema"),
         ({"table/more": torch.zeros(1)}, "schema"),
         ({"table/rows": torch.tensor([0, 7], dtype=torch.int32)}, "schema"),
+        ({"table/keys": torch.tensor([11, 12], dtype=torch.int32)}, "schema"),
+        ({"table/last_ms": torch.tensor([5, 6], dtype=torch.int32)}, "schema"),
         ({"table/weight": torch.zeros(2, 1, dtype=torch.int64)}, "schema"),
         ({"table/rows": torch.tensor([0, 1, 2])}, "shape"),
         ({"table/weight": torch.zeros(2)[:, None][:1]}, "shape"),

@@ -11,6 +11,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from streamgr.lab.metrics import pessimistic_rank
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -67,5 +69,4 @@ class Catalogue:
         k = self._index.get(item)
         if k is None:
             return -1
-        scores = self._scores[: len(self._index)]
-        return int((scores >= scores[k]).sum())
+        return pessimistic_rank(self._scores[: len(self._index)], k)
