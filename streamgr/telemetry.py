@@ -88,7 +88,10 @@ class Log:
 
 
 class Health:
-    """The conditions of a role. Live: its loop turned lately. Ready: it has named conditions, and every one holds."""
+    """The conditions of a role. Ready: it has named some, and every one holds. Live: its loop turned lately.
+
+    A role whose loop has not begun is live, since it waits for its broker, which no restart would bring back.
+    """
 
     STALL_SECONDS = 30.0
 
@@ -96,7 +99,7 @@ class Health:
         self._role, self._clock = role, clock
         self._conditions: dict[str, str] = dict.fromkeys(conditions, "starting")
         self._lock = threading.Lock()  # several threads of a role hold conditions, the probes' read them
-        self._turned = clock.monotonic()
+        self._turned: float | None = None
         READY.labels(role).set(0)
 
     def turned(self) -> None:
@@ -110,7 +113,7 @@ class Health:
             READY.labels(self._role).set(0 if any(self._conditions.values()) else 1)
 
     def live(self) -> tuple[bool, dict[str, object]]:
-        stalled = self._clock.monotonic() - self._turned
+        stalled = 0.0 if self._turned is None else self._clock.monotonic() - self._turned
         return stalled < self.STALL_SECONDS, {
             "live": stalled < self.STALL_SECONDS,
             "stalled_seconds": round(stalled, 1),

@@ -43,6 +43,7 @@ def test_probes_follow_the_conditions_and_the_loop() -> None:
         assert get(probes.port, "/readyz") == (503, '{"assigned": "starting"}')
         health.hold("assigned")
         assert get(probes.port, "/readyz") == (200, '{"assigned": "ok"}')
+        health.turned()
         clock.advance(31)
         assert get(probes.port, "/livez")[0] == 503
         health.turned()
@@ -70,3 +71,14 @@ def test_a_deadline_is_one_budget() -> None:
     assert not deadline.passed()
     clock.advance(1.0)
     assert deadline.passed()
+
+
+def test_a_role_that_still_waits_to_begin_is_live_but_not_ready() -> None:
+    clock = ManualClock()
+    health = Health("waiting", clock)
+    clock.advance(600)
+    assert health.live()[0]
+    assert health.ready() == (False, {"started": "starting"})
+    health.turned()
+    clock.advance(31)
+    assert not health.live()[0]

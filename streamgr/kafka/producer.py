@@ -23,7 +23,7 @@ from streamgr.telemetry import Log
 
 MAX_MESSAGE_BYTES = (2 << 20) + (128 << 10)  # the events' 2 MiB, the dead letters' 64 KiB more, and their overhead
 QUEUE_SECONDS = 60.0  # how long a full queue may hold up `send`
-DRAIN_SECONDS = 10.0  # how long `confirm` goes on waiting once told to stop
+DRAIN_SECONDS = 5.0  # how long `confirm` goes on waiting once told to stop
 Headers = list[tuple[str, bytes]]
 Delivered = Callable[[KafkaError | None, Message], None]
 
@@ -39,9 +39,10 @@ class Producer:
         linger_seconds: float = 0.005,
         log: Log | None = None,
         stop: Stop | None = None,
+        waiting: Callable[[], None] = lambda: None,
     ) -> None:
-        """Raises `ConfigError` where librdkafka refuses the settings."""
-        self._settings, self._stop = settings, stop
+        """`waiting` is called twice a second while `confirm` waits. Raises `ConfigError` where librdkafka refuses."""
+        self._settings, self._stop, self._waiting = settings, stop, waiting
         self._voice = Voice("producer", settings, log)
         self._clock = SystemClock()
         self._broken: StreamgrError | None = None
@@ -111,6 +112,7 @@ class Producer:
         stopping: Deadline | None = None
         while self._producer.flush(min(0.5, deadline.remaining()) if deadline else 0.5):
             self._check()
+            self._waiting()
             if self._stop and stopping is None:
                 stopping = Deadline(self._clock, DRAIN_SECONDS)
             if (deadline and deadline.passed()) or (stopping and stopping.passed()):

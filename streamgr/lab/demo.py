@@ -167,7 +167,7 @@ class Demo:
     def _on_their_way(self, sent: int) -> int:
         """Of the events sent: how many are not yet in sequences, or closed and not yet learned."""
         sequencer = scrape.metrics(self._stage.ports["sequencer"]) or scrape.Metrics()
-        done = scrape.events(sequencer) + sequencer.count("dead_letters_total") + sequencer.count("duplicates_total")
+        done = scrape.events(sequencer) + sequencer.count("deadletters_total") + sequencer.count("duplicates_total")
         return max(sent - done, self._observer.targets_emitted - self._observer.comparison.learned)
 
     def _await(self, what: str, waiting: Callable[[], str]) -> None:

@@ -46,7 +46,7 @@ class Instruments:
         return replace(
             f,
             events=events,
-            dead_letters=metrics.count("dead_letters_total"),
+            dead_letters=metrics.count("deadletters_total"),
             rate=(n1 - n0) / (t1 - t0) if t1 > t0 else None,
             lag={**f.lag, "sequencer": behind},
         )

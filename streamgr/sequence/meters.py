@@ -6,7 +6,7 @@ from streamgr.sequence.partition import Applied, Partition
 from streamgr.telemetry import DURATION_BUCKETS, WATERMARK, counter, gauge, histogram
 
 EVENTS = counter("events", "Records taken into sequences (and heartbeats, erasures), by kind.", ("kind",))
-DEAD_LETTERS = counter("dead_letters", "Records that break the contract, by reason.", ("reason",))
+DEAD_LETTERS = counter("deadletters", "Records that break the contract, by reason.", ("reason",))
 DUPLICATES = counter("duplicates", "Events that were here already and changed nothing.")
 LATE = counter("late_events", "Events that came after the label they belong to had closed.")
 EXAMPLES = counter("examples", "Examples emitted.")

@@ -194,7 +194,13 @@ class Trainer:
         if self._given[1] is not None:
             return self._given[1]
         kafka = self._config.kafka
-        producer = Producer(kafka, client_id=self._config.group("trainer"), log=self._log, stop=self._stop)
+        producer = Producer(
+            kafka,
+            client_id=self._config.group("trainer"),
+            log=self._log,
+            stop=self._stop,
+            waiting=self._health.turned,  # a broker that is away is no reason to start the trainer again
+        )
         self._closing.callback(producer.close)
         publisher = Publisher(
             self._config,

@@ -17,7 +17,7 @@ from streamgr.weights import payload as payloads
 from streamgr.weights.log import ChunkLog, ManifestLog
 from streamgr.weights.manifest import ClaimRecord, Learned, Manifest, Rejected
 
-SECONDS = 30.0  # for the whole answer
+SECONDS = 15.0  # for the whole answer
 
 
 def list_versions(config: Config, clock: Clock) -> list[dict[str, Any]]:
