@@ -7,18 +7,18 @@ a few at a time so that a reader never waits long. It assigns itself every parti
 import threading
 from dataclasses import dataclass, field
 
-from streamgr.clock import Clock, milliseconds
+from streamgr.clock import Clock
 from streamgr.config import Config
 from streamgr.errors import RetentionPassed
 from streamgr.events import History, Record
 from streamgr.kafka.consumer import Consumer
 from streamgr.kafka.topics import identity
-from streamgr.sequence import views
-from streamgr.sequence.partition import Partition, fingerprint
+from streamgr.sequence import origin, views
+from streamgr.sequence.partition import Partition
 from streamgr.sequence.tail import Tail
 from streamgr.service import Stop
 from streamgr.state.rocks import Memory
-from streamgr.state.store import Meta, Store, partition_directory
+from streamgr.state.store import Store, partition_directory
 from streamgr.telemetry import Log
 
 BITE = 100  # records applied under one hold of the lock
@@ -56,24 +56,13 @@ class Follower:
         """
         numbers = self._consumer.partitions(self._topic)
         topic, settings = identity(self._config.kafka, self._topic), self._config.sequence
-        mark, memory = fingerprint(topic.cluster_id, topic.topic_id, settings), Memory(self._config.state)
+        memory = Memory(self._config.state)
         for number in numbers:
             store = Store(partition_directory(self._config.role_directory(self._role), number), memory)
             try:
-                store.claim(
-                    Meta(
-                        cluster_id=topic.cluster_id,
-                        topic_id=topic.topic_id,
-                        topic=self._topic,
-                        partition=number,
-                        partitions=topic.partitions,
-                        fingerprint=mark,
-                        actions=tuple(settings.actions),
-                        window_ms=milliseconds(settings.attribution_window_seconds),
-                        emits=False,
-                    )
-                )
-                partition = Partition(store, settings, mark, emits=False)
+                meta = origin.meta(topic, self._topic, number, settings, emits=False)
+                store.claim(meta)
+                partition = Partition(store, settings, meta.fingerprint, emits=False)
             except BaseException:
                 store.close()
                 raise

@@ -15,9 +15,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 
-import msgspec
 import numpy as np
 
 from streamgr import config
@@ -43,27 +41,7 @@ from streamgr.sequence.watermark import Watermark
 from streamgr.state import codec
 from streamgr.state.store import Progress, Store
 
-EMISSION = 1  # what is emitted for the same records; a change of it changes the fingerprint
-LABELS = "kinds joined within the window, at its close"
 KNOWN_ITEMS = 1 << 18  # item texts kept in memory
-
-
-def fingerprint(cluster_id: str, topic_id: str, settings: config.Sequence) -> str:
-    """16 hex digits over everything that decides what is emitted for a log (decision 4)."""
-    parts = (
-        cluster_id,
-        topic_id,
-        milliseconds(settings.attribution_window_seconds),
-        milliseconds(settings.lateness_seconds),
-        milliseconds(settings.close_step_seconds),
-        milliseconds(settings.max_step_seconds),
-        milliseconds(settings.max_future_seconds),
-        settings.history_length,
-        LABELS,
-        settings.actions,
-        EMISSION,
-    )
-    return blake2b(msgspec.json.encode(parts), digest_size=8).hexdigest()
 
 
 @dataclass(slots=True)

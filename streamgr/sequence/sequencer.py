@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from streamgr.clock import Clock, Deadline, milliseconds
+from streamgr.clock import Clock, Deadline
 from streamgr.config import Config
 from streamgr.errors import ConfigError, RetentionPassed, TryAgain
 from streamgr.events import Record, heartbeat
@@ -28,11 +28,11 @@ from streamgr.kafka.consumer import Consumer
 from streamgr.kafka.producer import Producer
 from streamgr.kafka.topics import Identity, identity
 from streamgr.sequence import examples as wire
-from streamgr.sequence import meters
-from streamgr.sequence.partition import Applied, Partition, fingerprint
+from streamgr.sequence import meters, origin
+from streamgr.sequence.partition import Applied, Partition
 from streamgr.service import Stop
 from streamgr.state.rocks import Memory
-from streamgr.state.store import Meta, Store, partition_directory
+from streamgr.state.store import Store, partition_directory
 from streamgr.telemetry import Health, Log
 
 ROLE = "sequencer"
@@ -237,7 +237,7 @@ class Sequencer:
     def _open(self, number: int, reader: Consumer) -> Partition:
         """A partition's store, checked against its log and against what was last emitted for it."""
         settings, topic = self._config.sequence, self._identity
-        mark = fingerprint(topic.cluster_id, topic.topic_id, settings)
+        meta = origin.meta(topic, self._events, number, settings, emits=True)
         path = partition_directory(self._config.role_directory(ROLE), number)
         if self._rebuild and number not in self._rebuilt:
             self._unlocked(path).close()  # nobody else is at work in it
@@ -245,21 +245,9 @@ class Sequencer:
             self._rebuilt.add(number)
         store = self._unlocked(path)
         try:
-            self._check_outputs(store, mark, number, reader)
-            store.claim(
-                Meta(
-                    cluster_id=topic.cluster_id,
-                    topic_id=topic.topic_id,
-                    topic=self._events,
-                    partition=number,
-                    partitions=topic.partitions,
-                    fingerprint=mark,
-                    actions=tuple(settings.actions),
-                    window_ms=milliseconds(settings.attribution_window_seconds),
-                    emits=True,
-                )
-            )
-            partition = Partition(store, settings, mark)
+            self._check_outputs(store, meta.fingerprint, number, reader)
+            store.claim(meta)
+            partition = Partition(store, settings, meta.fingerprint)
             if store.progress.next_offset == 0 and (low := reader.bounds(self._events, number)[0]):
                 if not self._accept_loss:
                     raise RetentionPassed(

@@ -19,7 +19,8 @@ from streamgr.events import IMPRESSION, Record, item_key
 from streamgr.sequence import examples as wire
 from streamgr.sequence import partition as module
 from streamgr.sequence import views
-from streamgr.sequence.partition import Partition, fingerprint
+from streamgr.sequence.origin import fingerprint
+from streamgr.sequence.partition import Partition
 from streamgr.state.rocks import Memory
 from streamgr.state.store import Meta, Store
 from tests.oracle import Oracle
