@@ -73,7 +73,9 @@ def _role(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> i
             Admin(config.kafka, log=log).metadata()
         if args.role == "sequencer":
             from streamgr.sequence.sequencer import Sequencer
+            from streamgr.service import calm_collector
 
+            calm_collector()
             sequencer = Sequencer(config, clock, log, health, stop, rebuild=args.rebuild, accept_loss=args.accept_loss)
             sequencer.run_until_end() if args.until_end else sequencer.run()
         elif args.role == "trainer":

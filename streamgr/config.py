@@ -55,19 +55,21 @@ class Sequence(Section, frozen=True):
     lateness_seconds: Seconds = 60.0
     close_step_seconds: Positive = 1.0
     commit_interval_seconds: Seconds = 0.2
-    history_length: Count = 256
+    history_length: Annotated[int, Meta(ge=0, le=32_768)] = 256  # 0: an example holds its targets alone
+    keep_seconds: Seconds = 0.0  # events older than the watermark minus this leave the sequences; 0: never
     max_future_seconds: Seconds = 60.0
     max_step_seconds: Seconds = 0.0  # 0: the watermark may jump; replays of old logs: 86400
     heartbeat_seconds: Seconds = 0.0  # 0: somebody else sends them, or nobody
-    cached_users: Count = 20_000
+    cached_events: Count = 1_000_000  # decoded events at hand, all users of a process together
 
     def __post_init__(self) -> None:
         if not self.actions or len(self.actions) > 30 or len(set(self.actions)) != len(self.actions):
             raise ValueError("`actions` must be 1 to 30 different kinds")
         if reserved := {"impression", "profile", "heartbeat"} & set(self.actions):
             raise ValueError(f"`actions` may not contain the reserved {sorted(reserved)}")
-        if self.history_length < 1 or self.close_step_seconds <= 0 or self.attribution_window_seconds <= 0:
-            raise ValueError("`history_length`, `close_step_seconds`, `attribution_window_seconds` must be positive")
+        least = self.attribution_window_seconds + self.lateness_seconds + self.close_step_seconds
+        if 0 < self.keep_seconds < least:
+            raise ValueError(f"`keep_seconds` must be at least window + lateness + step ({least:g}), or 0 to keep all")
 
 
 class Model(Section, frozen=True):

@@ -11,6 +11,7 @@ append time), never on the process that reads it, because every reader of a log 
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 
 MAX_VALUE_BYTES = 1 << 20
 MAX_NESTING = 100  # deeper JSON is refused; otherwise the reader's own stack would decide
+SIMPLE_BYTES = 2 * MAX_NESTING + 50  # a shorter value cannot hold both: what an event needs, and deeper nesting
 MAX_ID, MAX_EVENT_ID, MAX_TEXT, MAX_FEATURES = 256, 128, 128, 32
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
@@ -43,7 +45,34 @@ class Record(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class Records:
+    """Consecutive records of one partition as columns, offsets ascending."""
+
+    topic: str
+    partition: int
+    offsets: list[int]
+    keys: list[bytes | None]
+    values: list[bytes | None]
+    append_ms: list[int]
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def __getitem__(self, i: int) -> Record:
+        return Record(self.topic, self.partition, self.offsets[i], self.keys[i], self.values[i], self.append_ms[i])
+
+    def between(self, first: int, end: int) -> "Records":
+        """Those with first <= offset < end."""
+        lo, hi = bisect_left(self.offsets, first), bisect_left(self.offsets, end)
+        if (lo, hi) == (0, len(self)):
+            return self
+        cut = slice(lo, hi)
+        return Records(
+            self.topic, self.partition, self.offsets[cut], self.keys[cut], self.values[cut], self.append_ms[cut]
+        )
+
+
+class Event(msgspec.Struct, frozen=True, gc=False):
     """A checked event of one user. `kind`: PROFILE, IMPRESSION, or FIRST_ACTION + bit; times in ms since 1970."""
 
     kind: int
@@ -170,34 +199,44 @@ class Decoder:
         self._max_future_ms, self._closing_ms = max_future_ms, closing_ms
         self._wire = msgspec.json.Decoder(_Wire)
 
-    def decode(self, records: Sequence[Record]) -> list[Event | Heartbeat | Erasure | BadRecord]:
+    def decode(self, records: Records) -> list[Event | Heartbeat | Erasure | BadRecord]:
         """One outcome a record, in order; never raises on what a record holds."""
-        return [self._fast(record) or self.explain(record) for record in records]
+        fast, explain = self._fast, self.explain
+        columns = zip(records.keys, records.values, records.append_ms, strict=True)
+        return [fast(*row) or explain(records[i]) for i, row in enumerate(columns)]
 
-    def _fast(self, record: Record) -> Event | None:
+    def _fast(self, key: bytes | None, value: bytes | None, append_ms: int) -> Event | None:
         """The event of a good record; None where the rule book has to be asked."""
-        key, value = record.key, record.value
-        if key is None or value is None or _unreadable(value):
+        if key is None or value is None:
+            return None
+        if (len(value) > SIMPLE_BYTES or not value.isascii()) and _unreadable(value):
             return None
         try:
             wire = self._wire.decode(value)
         except (msgspec.DecodeError, UnicodeDecodeError):
             return None
         kind = self._kinds.get(wire.type)
-        user, item, time = wire.user_id, wire.item_id, wire.event_time
-        if kind is None or user is None or wire.event_id is None or (item is None and kind != PROFILE):
+        user, item, time, event_id, request = (
+            wire.user_id,
+            wire.item_id,
+            wire.event_time,
+            wire.event_id,
+            wire.request_id,
+        )
+        if kind is None or user is None or event_id is None or (item is None and kind != PROFILE):
             return None
         if type(user) is not str:
             user = str(user)
-        if key != user.encode() or type(time) is not int or time > record.append_ms + self._max_future_ms:
-            return None  # times as text are rarer and go the slow way
+        moment = time if type(time) is int else parse_time(time)  # type: ignore[arg-type]
+        if key != user.encode() or moment is None or not 0 <= moment <= append_ms + self._max_future_ms:
+            return None
         return Event(
             kind,
             user,
             "" if kind == PROFILE else item if type(item) is str else str(item),
-            wire.event_id,
-            time,
-            "" if wire.request_id is None else str(wire.request_id),
+            event_id,
+            moment,
+            request if type(request) is str else "" if request is None else str(request),
             wire.surface or "",
             -1 if wire.position is None else wire.position,
             wire.features or None,

@@ -2,7 +2,10 @@
 
 import json
 import random
+from collections.abc import Sequence
 from typing import Any
+
+from streamgr.events import Record, Records
 
 Json = dict[str, Any]
 Row = tuple[bytes | None, bytes | None, int | None]
@@ -55,6 +58,19 @@ def events(seed: int, n: int, *, users: int = 25, items: int = 40, span_ms: int 
             out.append((at + delay, profile))
     out += [(t + rng.randrange(2_000), e) for t, e in rng.sample(out, len(out) // 20)]
     return [e for _, e in sorted(out, key=lambda pair: pair[0])]
+
+
+def columns(records: Sequence[Record]) -> Records:
+    """Records of one partition as the batch a consumer hands out."""
+    first = records[0] if records else Record("t", 0, 0, None, None, 0)
+    return Records(
+        first.topic,
+        first.partition,
+        [r.offset for r in records],
+        [r.key for r in records],
+        [r.value for r in records],
+        [r.append_ms for r in records],
+    )
 
 
 def row(event: Json) -> Row:

@@ -8,7 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from streamgr import events
-from streamgr.events import BadRecord, Decoder, Erasure, Event, Heartbeat, Record
+from streamgr.events import BadRecord, Decoder, Erasure, Event, Heartbeat, Record, Records
+from tests.streams import columns
 
 NOW = 1_700_000_000_000
 DECODER = Decoder(["click", "like"], max_future_ms=60_000, closing_ms=661_000)
@@ -21,8 +22,13 @@ def record(value: Any, key: bytes | None = b"u1") -> Record:
     return Record("t", 0, 7, key, raw, NOW)
 
 
+def records(value: Any, key: bytes | None = b"u1") -> Records:
+    """A batch of that one record."""
+    return columns([record(value, key)])
+
+
 def outcome(value: Any, key: bytes | None = b"u1") -> Event | Heartbeat | Erasure | BadRecord:
-    (result,) = DECODER.decode([record(value, key)])
+    (result,) = DECODER.decode(records(value, key))
     assert result == DECODER.explain(record(value, key))
     return result
 
@@ -72,7 +78,7 @@ def test_heartbeats_need_a_null_key_and_only_a_time() -> None:
 def test_a_heartbeat_may_be_ahead_by_what_closes_the_newest_event_allowed() -> None:
     assert outcome({"type": "heartbeat", "event_time": NOW + 721_000}, None) == Heartbeat(NOW + 721_000)
     assert reason({"type": "heartbeat", "event_time": NOW + 721_001}, None) == "future_time"
-    (strict,) = Decoder(["click"], 60_000).decode([record({"type": "heartbeat", "event_time": NOW + 60_001}, None)])
+    (strict,) = Decoder(["click"], 60_000).decode(records({"type": "heartbeat", "event_time": NOW + 60_001}, None))
     assert isinstance(strict, BadRecord)
 
 
@@ -227,7 +233,7 @@ KEYS = st.one_of(st.none(), st.just(b"u1"), st.binary(max_size=4))
 @given(st.lists(st.tuples(OBJECTS, KEYS), max_size=5))
 def test_the_fast_path_equals_the_rule_book(rows: list[tuple[Any, bytes | None]]) -> None:
     records = [record(value, key) for value, key in rows]
-    decoded = DECODER.decode(records)
+    decoded = DECODER.decode(columns(records))
     assert decoded == [DECODER.explain(r) for r in records]
     assert len(decoded) == len(records)
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from streamgr.events import BadRecord, Decoder, Record
+from tests.streams import columns
 
 TOPICS = Path(__file__).resolve().parents[1] / "topics"
 SCHEMA = json.loads((TOPICS / "schemas" / "event.json").read_text())
@@ -34,7 +35,7 @@ def test_the_good_examples_are_good(file: Path) -> None:
     example = json.loads(file.read_text())
     VALIDATOR.validate(example["value"])
     assert example["value"]["type"] == file.stem
-    (outcome,) = DECODER.decode([record(example["key"], json.dumps(example["value"]).encode())])
+    (outcome,) = DECODER.decode(columns([record(example["key"], json.dumps(example["value"]).encode())]))
     assert not isinstance(outcome, BadRecord), outcome
 
 
@@ -45,7 +46,7 @@ def test_there_is_an_example_of_every_type() -> None:
 @pytest.mark.parametrize("example", BAD, ids=lambda e: e["reason"])
 def test_the_bad_examples_are_bad_for_their_reason(example: dict[str, Any]) -> None:
     text = example.get("text", json.dumps(example.get("value")))
-    (outcome,) = DECODER.decode([record(example["key"], text.encode())])
+    (outcome,) = DECODER.decode(columns([record(example["key"], text.encode())]))
     assert isinstance(outcome, BadRecord)
     assert outcome.reason == example["reason"]
     if example["reason"] != "invalid_json" and example["reason"] not in BEYOND_THE_SCHEMA:
@@ -78,6 +79,6 @@ CHANGES = st.dictionaries(st.sampled_from(sorted(CHOICES)), st.integers(0, 99), 
 def test_the_schema_accepts_what_the_decoder_accepts(changes: dict[str, int]) -> None:
     event = BASE | {name: CHOICES[name][n % len(CHOICES[name])] for name, n in changes.items()}
     key = None if event["type"] == "heartbeat" else str(event["user_id"])
-    (outcome,) = DECODER.decode([record(key, json.dumps(event).encode(), append_ms=2**62)])
+    (outcome,) = DECODER.decode(columns([record(key, json.dumps(event).encode(), append_ms=2**62)]))
     accepted = not isinstance(outcome, BadRecord) or outcome.reason == "future_time"
     assert VALIDATOR.is_valid(event) == accepted, outcome

@@ -18,7 +18,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
 from streamgr.clock import SystemClock
 from streamgr.config import Kafka
 from streamgr.errors import ConfigError, DataError, RetentionPassed, StreamgrError
-from streamgr.events import Record
+from streamgr.events import Record, Records
 from streamgr.kafka.client import DENIED, Voice, ask, librdkafka_settings, refused, translate
 from streamgr.service import Stop
 from streamgr.telemetry import Log, counter, gauge
@@ -144,7 +144,12 @@ class Consumer:
         )
 
     def poll(self, max_records: int = 1000, timeout: float = 0.05) -> list[Record]:
-        """The next records, in order within each partition; empty after `timeout` seconds without any.
+        """The next records one by one, in order within each partition; else as `fetch`."""
+        batches = self.fetch(max_records, timeout)
+        return [batch[i] for batch in batches for i in range(len(batch))]
+
+    def fetch(self, max_records: int = 1000, timeout: float = 0.05) -> list[Records]:
+        """The next records as columns, a batch a partition; empty after `timeout` seconds without any.
 
         Returns with what is there as soon as there is any: `timeout` is no added latency. Raises `RetentionPassed`
         where the log no longer holds a position, `DataError` where it ends before one, `ConfigError` where access is
@@ -155,22 +160,33 @@ class Consumer:
             self._gauge()
             return []
         messages = [first, *self._consumer.consume(max_records - 1, 0)] if max_records > 1 else [first]
-        records: list[Record] = []
+        grouped: dict[Partition, list[Message]] = {}
         for message in messages:
             if message.error() is not None:
                 self._heed(message)
                 continue
-            owner = topic, partition = cast(Partition, (message.topic(), message.partition()))
-            offset = cast(int, message.offset())
-            if owner not in self._positions:
+            owner = cast(Partition, (message.topic(), message.partition()))
+            if owner in grouped:
+                grouped[owner].append(message)
+            elif owner in self._positions:
+                grouped[owner] = [message]
+            else:
                 STRAYS.inc()
-                continue
-            append_ms: int = message.timestamp()[1]
-            self._positions[owner] = offset + 1
-            self._append_ms[owner] = append_ms
-            records.append(Record(topic, partition, offset, message.key(), message.value(), append_ms))
+        batches = []
+        for (topic, partition), taken in grouped.items():
+            batch = Records(
+                topic,
+                partition,
+                cast(list[int], [message.offset() for message in taken]),
+                cast(list[bytes | None], [message.key() for message in taken]),
+                [message.value() for message in taken],
+                [message.timestamp()[1] for message in taken],
+            )
+            self._positions[topic, partition] = batch.offsets[-1] + 1
+            self._append_ms[topic, partition] = batch.append_ms[-1]
+            batches.append(batch)
         self._gauge()
-        return records
+        return batches
 
     def pause(self, topic: str, partitions: Iterable[int]) -> None:
         """Stop fetching these; what was fetched and not yet polled is fetched again on `resume`."""

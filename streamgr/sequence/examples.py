@@ -81,9 +81,9 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(WireExample | Progress)
 
 
-def encode(output: Example | Progress) -> bytes:
+def encode(output: Example | WireExample | Progress) -> bytes:
     """The bytes of one record of `streamgr.examples`."""
-    if isinstance(output, Progress):
+    if not isinstance(output, Example):
         return _encoder.encode(output)
     h = output.history
     return _encoder.encode(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from streamgr.clock import Clock
 from streamgr.config import Config
 from streamgr.errors import RetentionPassed
-from streamgr.events import History, Record
+from streamgr.events import History
 from streamgr.kafka.consumer import Consumer
 from streamgr.kafka.topics import identity
 from streamgr.sequence import origin, views
@@ -76,20 +76,18 @@ class Follower:
 
     def step(self, timeout: float = 0.05) -> int:
         """Take what has come; how many records. Raises `RetentionPassed` where the log has overtaken us."""
-        by_partition: dict[int, list[Record]] = {}
         try:
-            records = self._consumer.poll(timeout=timeout)
+            batches = self._consumer.fetch(timeout=timeout)
         except RetentionPassed as error:
             directory = self._config.role_directory(self._role)
             remedy = f"remove {directory}: the sequences start again where the log does; then raise its retention.ms"
             raise RetentionPassed(error.what, where=error.where, remedy=remedy) from None
-        for record in records:
-            by_partition.setdefault(record.partition, []).append(record)
-        for number, taken in by_partition.items():
-            followed = self._followed[number]
-            for start in range(0, len(taken), BITE):
+        for records in batches:
+            followed = self._followed[records.partition]
+            for bite in range(0, len(records), BITE):
+                end = records.offsets[min(bite + BITE, len(records)) - 1] + 1
                 with followed.lock:
-                    followed.partition.apply(taken[start : start + BITE])
+                    followed.partition.apply(records.between(records.offsets[bite], end))
         now = self._clock.monotonic()
         if now - self._looked >= LOOK_SECONDS:
             self._looked = now
@@ -99,7 +97,7 @@ class Follower:
         if now - self._committed >= self._config.sequence.commit_interval_seconds:
             self._committed = now
             self._commit()
-        return len(records)
+        return sum(len(records) for records in batches)
 
     def close(self) -> None:
         """Keep what was read, release the stores."""
@@ -136,10 +134,6 @@ class Follower:
                 if text := followed.partition.item_text(key):
                     return text
         return None
-
-    def known_items(self) -> int:
-        """About how many items have been seen."""
-        return sum(f.partition.store.items_known() for f in self._followed.values())
 
     def newest_event_ms(self) -> int:
         """The greatest event time seen, 0 before the first."""

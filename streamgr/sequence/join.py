@@ -1,82 +1,109 @@
 """Joins and targets of one user (decisions 2 and 9): pure functions of a tail.
 
-An action joins the latest impression of its item (and request, where it names one) that came at most a window before
+An action joins the latest impression of its item (and request, where it names one) that came less than a window before
 it. The join is computed from what is there now, never remembered, so it cannot depend on the order of arrival. What is
-remembered with an event when it arrives is its `due` (the watermark at which it becomes a target, or never) and whether
-it was late.
+remembered with an event when it arrives is whether it was late and what it waits for (`tail`).
 """
 
+import re
+from array import array
 from bisect import bisect_left, bisect_right
-from typing import NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-import numpy as np
+from streamgr.events import FIRST_ACTION, IMPRESSION, PROFILE
+from streamgr.sequence.tail import DECIDED, LATE, ORGANIC, SHOWN, Tail
 
-from streamgr.events import FIRST_ACTION, IMPRESSION
-from streamgr.sequence.tail import Tail
-from streamgr.state.codec import NEVER
+NEAR, FARTHER = 256, 8  # rows searched first, and how much wider each further search is
+SPAN = 256  # rows that the targets of one example span at most, so that it fits into a message whatever its texts
 
-
-class Target(NamedTuple):
-    """The row of the tail that is a target now, and its labels: bit b for kind b (an organic action: its own)."""
-
-    row: int
-    labels: int
+_ACTION = re.compile(b"[^" + bytes((PROFILE, IMPRESSION)) + b"]")
 
 
-def find(tail: Tail, end: int, time: int, item: int, request: int, *, window_ms: int) -> int:
-    """The row of the impression that an action at `time`, placed before row `end`, joins; -1 if it is organic."""
-    start = bisect_right(tail.times, time - window_ms, 0, end)
-    if start == end:
-        return -1
-    kinds, items, requests = tail.columns(start, end)
-    fits = (items == np.uint64(item)) & (kinds == IMPRESSION)
-    if request:
-        fits &= requests == np.uint64(request)
-    found = np.flatnonzero(fits)
-    return start + int(found[-1]) if len(found) else -1
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Rows of a tail that are targets now, in sequence order, and the labels of each.
+
+    labels: bit b for action kind b (an organic action: its own). impressions: how many of them are impressions.
+    """
+
+    rows: list[int]
+    labels: list[int]
+    impressions: int
 
 
-def joined(tail: Tail, i: int, window_ms: int) -> int:
-    """The row of the impression that the action in row i joins; -1 if it is organic."""
-    return find(tail, i, tail.times[i], tail.items[i], tail.requests[i], window_ms=window_ms)
+def find(tail: Tail, end: int, after: int, item: int, request: int) -> int:
+    """The row of the impression, later than `after` (ms), that an action placed before row `end` joins; -1 without.
+
+    Goes back in time over the items as bytes, the nearest first, as most actions follow at once.
+    """
+    start = bisect_right(tail.times, after, 0, end)
+    wanted, width = array("Q", (item,)).tobytes(), NEAR
+    while start < end:
+        from_row = max(start, end - width)
+        block = tail.items[from_row:end].tobytes()
+        at = block.rfind(wanted)
+        while at >= 0:
+            row = from_row + (at >> 3)
+            if not at & 7 and tail.kinds[row] == IMPRESSION and (not request or tail.requests[row] == request):
+                return row
+            at = block.rfind(wanted, 0, at + 7)  # the next occurrence begins at least a byte before
+        end, width = from_row, width * FARTHER
+    return -1
 
 
-def targets(tail: Tail, after: int, upto: int, window_ms: int) -> list[Target]:
-    """What becomes a target as the watermark moves from `after` to `upto` (ms), in sequence order."""
-    dues = np.frombuffer(tail.dues[:], np.int64)
-    rows = np.flatnonzero((dues > max(after, NEVER)) & (dues <= upto)).tolist()
-    if not rows:
-        return []
-    kinds = tail.kinds
-    labels = {i: 0 for i in rows if kinds[i] == IMPRESSION}
-    if labels:
-        first = next(iter(labels))
-        acted = np.flatnonzero(np.frombuffer(kinds[first:], np.uint8) >= FIRST_ACTION)
-        until = tail.times[next(reversed(labels))] + window_ms
-        for j in (acted + first).tolist():
-            if tail.times[j] >= until:
-                break
-            if not tail.lates[j] and (i := joined(tail, j, window_ms)) in labels:
-                labels[i] |= 1 << (kinds[j] - FIRST_ACTION)
-    found = []
-    for i in rows:
-        if kinds[i] == IMPRESSION:
-            found.append(Target(i, labels[i]))
-        elif joined(tail, i, window_ms) < 0:
-            found.append(Target(i, 1 << (kinds[i] - FIRST_ACTION)))
-    return found
+def targets(tail: Tail, before: int, upto: int, window_ms: int, *, behind: int | None, oldest: int) -> Targets:
+    """What becomes a target as the watermark moves from `before` to `upto` (ms); it is decided from then on.
+
+    behind: time of the oldest action that the watermark had passed when it came. oldest: impressions before it are out
+    of the sequence (ms).
+    """
+    times, kinds, items, states = tail.times, tail.kinds, tail.items, tail.states
+    shown = _waiting(tail, before - window_ms + 1, upto - window_ms, SHOWN)
+    organic = _waiting(tail, before + 1 if behind is None else behind, upto, ORGANIC)
+    labels = dict.fromkeys(shown, 0)
+    if shown:
+        wanted, begin = {items[row] for row in shown}, shown[0] + 1
+        end = bisect_left(times, times[shown[-1]] + window_ms, begin)
+        for match in _ACTION.finditer(kinds[begin:end].tobytes()):
+            row = begin + match.start()
+            if items[row] in wanted and states[row] != LATE:
+                joined = find(tail, row, max(times[row] - window_ms, oldest - 1), items[row], tail.requests[row])
+                if joined in labels:
+                    labels[joined] |= 1 << (kinds[row] - FIRST_ACTION)
+    for row in shown:
+        states[row] = DECIDED
+    for row in organic:
+        states[row] = DECIDED
+        if find(tail, row, max(times[row] - window_ms, oldest - 1), items[row], tail.requests[row]) < 0:
+            labels[row] = 1 << (kinds[row] - FIRST_ACTION)
+    if not organic:
+        return Targets(shown, list(labels.values()), len(shown))
+    rows = sorted(labels)
+    return Targets(rows, [labels[row] for row in rows], len(shown))
 
 
-def chunks(found: list[Target], history_length: int) -> list[list[Target]]:
+def _waiting(tail: Tail, first: int, last: int, state: int) -> list[int]:
+    """The rows of the times from `first` to `last` (ms) that wait in `state`, ascending."""
+    start = bisect_left(tail.times, first)
+    block, rows = tail.states[start : bisect_right(tail.times, last)].tobytes(), []
+    at = block.find(state)
+    while at >= 0:
+        rows.append(start + at)
+        at = block.find(state, at + 1)
+    return rows
+
+
+def chunks(rows: list[int], history_length: int) -> Iterator[slice]:
     """Cut targets, in sequence order, so that those of one example span at most half of its window."""
-    span = max(1, history_length // 2)
-    cut: list[list[Target]] = []
-    for target in found:
-        if cut and target.row - cut[-1][0].row < span:
-            cut[-1].append(target)
-        else:
-            cut.append([target])
-    return cut
+    span = min(max(1, history_length // 2), SPAN) if history_length else SPAN
+    begin = 0
+    for i, row in enumerate(rows):
+        if row - rows[begin] >= span:
+            yield slice(begin, i)
+            begin = i
+    if rows:
+        yield slice(begin, len(rows))
 
 
 def first_open(tail: Tail, watermark: int | None, window_ms: int) -> int:

@@ -9,6 +9,7 @@ EVENTS = counter("events", "Records taken into sequences (and heartbeats, erasur
 DEAD_LETTERS = counter("deadletters", "Records that break the contract, by reason.", ("reason",))
 DUPLICATES = counter("duplicates", "Events that were here already and changed nothing.")
 LATE = counter("late_events", "Events that came after the label they belong to had closed.")
+EXPIRED = counter("expired_events", "Events older than sequence.keep_seconds when they came: not kept.")
 EXAMPLES = counter("examples", "Examples emitted.")
 TARGETS = counter("targets", "Targets in them.")
 OPEN = gauge("open_impressions", "Impressions whose label has not closed.")
@@ -36,7 +37,8 @@ def applied(out: Applied) -> None:
         DEAD_LETTERS.labels(bad.reason).inc()
     DUPLICATES.inc(out.duplicates)
     LATE.inc(out.late)
-    EXAMPLES.inc(len(out.examples))
+    EXPIRED.inc(out.expired)
+    EXAMPLES.inc(out.examples)
     TARGETS.inc(out.targets)
     for age_ms in out.ages_ms:
         AGE_AT_APPEND.observe(age_ms / 1000)

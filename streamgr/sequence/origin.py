@@ -9,7 +9,7 @@ from streamgr.clock import milliseconds
 from streamgr.kafka.topics import Identity
 from streamgr.state.store import Meta
 
-EMISSION = 1  # what is emitted for the same records; a change of it changes the fingerprint
+EMISSION = 2  # what is emitted for the same records; a change of it changes the fingerprint
 LABELS = "kinds joined within the window, at its close"
 
 
@@ -23,6 +23,7 @@ def fingerprint(cluster_id: str, topic_id: str, settings: config.Sequence) -> st
         milliseconds(settings.close_step_seconds),
         milliseconds(settings.max_step_seconds),
         milliseconds(settings.max_future_seconds),
+        milliseconds(settings.keep_seconds),
         settings.history_length,
         LABELS,
         settings.actions,
@@ -42,5 +43,6 @@ def meta(identity: Identity, topic: str, partition: int, settings: config.Sequen
         fingerprint=fingerprint(identity.cluster_id, identity.topic_id, settings),
         actions=tuple(settings.actions),
         window_ms=milliseconds(settings.attribution_window_seconds),
+        keep_ms=milliseconds(settings.keep_seconds),
         emits=emits,
     )

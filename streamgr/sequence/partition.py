@@ -1,22 +1,24 @@
 """One partition of the events, from records to one write and its outputs; no Kafka, no clock.
 
 What comes out is a function of the records alone: how they are cut into batches, when they are committed and how often
-the process restarts change nothing. `apply` changes the state in memory and fills one `Batch`; `commit` writes that
-batch with the next offset. Dropping a partition that has not committed loses nothing: its records come again and say
-the same.
+the process restarts change nothing. `apply` changes the state in memory, fills one `Batch` and hands out the examples
+as they come; `commit` writes that batch with the next offset. Dropping a partition that has not committed loses
+nothing: its records come again and say the same.
 
 Per event: find the user's tail (read back from the store where it is not at hand), the event's place in it (or that it
 is there already), what it joins; then schedule when its label closes. Per step of the watermark: the users who have
-something due, by name; their targets, cut into examples.
+something due, by key; their targets, cut into examples.
+
+With `keep_seconds` events older than the watermark minus that are out of the sequence: at once for every reader,
+whatever the sweeper has got to (`sweeper`). The first watermark that passes an event decides, so that is a function of
+the records too.
 """
 
-import heapq
+from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-
-import numpy as np
 
 from streamgr import config
 from streamgr.clock import milliseconds
@@ -31,30 +33,39 @@ from streamgr.events import (
     Heartbeat,
     History,
     Record,
-    item_key,
+    Records,
     request_key,
 )
 from streamgr.sequence import examples as wire
 from streamgr.sequence import join
-from streamgr.sequence.tail import EVER, NOTHING, Tail, Token, ranks
+from streamgr.sequence.items import Items
+from streamgr.sequence.sweeper import Sweeper
+from streamgr.sequence.tail import DECIDED, EVER, LATE, ORGANIC, SHOWN, Tail, Token, ranks
+from streamgr.sequence.timers import Timers
+from streamgr.sequence.users import Users
 from streamgr.sequence.watermark import Watermark
 from streamgr.state import codec
 from streamgr.state.store import Progress, Store
 
-KNOWN_ITEMS = 1 << 18  # item texts kept in memory
+Emit = Callable[[bytes, bytes], None]  # takes an example: its user as the key, and its bytes
+
+
+def nobody(key: bytes, value: bytes) -> None:
+    """Where examples go that nobody wants."""
 
 
 @dataclass(slots=True)
 class Applied:
     """What a batch of records gave. `kinds` counts new events by kind name; times in ms."""
 
-    examples: list[wire.Example] = field(default_factory=list)
     dead_letters: list[tuple[Record, BadRecord]] = field(default_factory=list)
     kinds: Counter[str] = field(default_factory=Counter)
     records: int = 0
+    examples: int = 0
+    targets: int = 0
     duplicates: int = 0
     late: int = 0
-    targets: int = 0
+    expired: int = 0
     ages_ms: list[int] = field(default_factory=list)  # append minus event time of the batch's first and last event
 
 
@@ -65,8 +76,9 @@ class Partition:
         """Goes on where the store is. `emits` False: a follower, which keeps sequences and closes no labels."""
         self.store, self.fingerprint, self._emits = store, fingerprint, emits
         self._window = milliseconds(settings.attribution_window_seconds)
+        self._keep = milliseconds(settings.keep_seconds)
         lateness, step = milliseconds(settings.lateness_seconds), max(1, milliseconds(settings.close_step_seconds))
-        self._history, self._cached = settings.history_length, max(1, settings.cached_users)
+        self._history = settings.history_length
         self._names = ["profile", "impression", *settings.actions]
         self._rank = ranks(settings.actions)
         self._decoder = Decoder(
@@ -80,13 +92,17 @@ class Partition:
             p.open_impressions,
         )
         self._watermark = Watermark(lateness, step, milliseconds(settings.max_step_seconds), p.seen, p.watermark)
-        self._tails: dict[str, Tail] = {}  # least recently used first
-        self._items: dict[int, str] = {}
-        self._due: dict[int, dict[str, int]] = {}  # step -> user -> time of the oldest event that waits
-        for due_step, user, oldest in store.due():
-            self._due.setdefault(due_step, {})[user] = oldest
-        self._steps = list(self._due)
-        heapq.heapify(self._steps)
+        self._users, self._items, self._timers = (
+            Users(store, self._rank, settings.cached_events),
+            Items(store),
+            Timers(store),
+        )
+        self._sweeper = Sweeper(store)
+        if emits:
+            self._users.closed = -1 if p.watermark is None else p.watermark
+        # A slate is taken whole where the watermark cannot come near it: what its first record closes is older than it.
+        self._slates = lateness > 0 and settings.max_step_seconds == 0
+        self._asked = "", 0  # the last request's text and key
         self._begin()
 
     @property
@@ -114,262 +130,311 @@ class Partition:
         """Begin a store of a log that no longer starts at 0 (its loss accepted)."""
         self.next_offset = offset
 
-    def apply(self, records: Sequence[Record]) -> Applied:
-        """Take the next records, in offset order; those below `next_offset` are passed over.
+    def cache(self, events: int) -> None:
+        """From now on keep about so many decoded events at hand."""
+        self._users.cached_events = events
 
-        Raises `DataError` where two texts share a key.
+    def apply(self, records: Records, emit: Emit = nobody) -> Applied:
+        """Take the next records; those below `next_offset` are passed over. Every example goes to `emit` as it comes.
+
+        Raises `DataError` where two texts share a key, and whatever `emit` raises.
         """
-        if records and records[0].offset < self.next_offset:
-            records = [r for r in records if r.offset >= self.next_offset]
-        out = Applied(records=len(records))
-        for record, outcome in zip(records, self._decoder.decode(records), strict=True):
-            self.append_ms = record.append_ms
+        records = records.between(self.next_offset, codec.LAST_STEP)
+        out, counts = Applied(records=len(records)), [0] * len(self._names)
+        outcomes, mark, i = self._decoder.decode(records), self._watermark, 0
+        while i < len(outcomes):
+            outcome, offset, append_ms = outcomes[i], records.offsets[i], records.append_ms[i]
+            i += 1
             if type(outcome) is Event:
-                new = self._event(outcome, record, out)
-                time = outcome.time
+                time, taken = outcome.time, 0
+                if outcome.kind == IMPRESSION and self._slates:
+                    end = _slate(outcomes, i)
+                    if end > i and self._take_slate(outcomes[i - 1 : end], records, i - 1):  # type: ignore[arg-type]
+                        taken, i = end - i + 1, end
+                if not taken and not (taken := self._take(outcome, offset, append_ms, out)):
+                    continue
+                counts[outcome.kind] += taken
             elif type(outcome) is Heartbeat:
-                new, time = True, outcome.time
+                time = outcome.time
                 out.kinds["heartbeat"] += 1
             elif type(outcome) is Erasure:
-                new = False
                 self._erase(outcome.user)
                 out.kinds["erasure"] += 1
+                continue
             else:
-                new = False
-                out.dead_letters.append((record, outcome))  # type: ignore[arg-type]
-            self.next_offset = record.offset + 1
-            if new:
-                before = self._watermark.value
-                if self._watermark.advance(time) and self._emits:
-                    self._close(before, record, out)
+                out.dead_letters.append((records[i - 1], outcome))  # type: ignore[arg-type]
+                continue
+            if mark.seen is None or time > mark.seen:
+                before = mark.value
+                if mark.advance(time) and self._emits:
+                    self._close(before, offset, append_ms, out, emit)
+        if outcomes:
+            self.next_offset, self.append_ms = records.offsets[-1] + 1, records.append_ms[-1]
+            out.kinds.update({name: count for name, count in zip(self._names, counts, strict=True) if count})
+            for outcome, append_ms in ((outcomes[i], records.append_ms[i]) for i in (0, -1)):
+                if type(outcome) is Event:
+                    out.ages_ms.append(append_ms - outcome.time)
+        self._items.settle(self._batch)
         return out
 
     def commit(self) -> None:
         """Write everything applied so far, with the next offset, in one batch. Raises as `Database.write` does."""
-        mark = self._watermark
+        mark, batch = self._watermark, self._batch
+        batch.put_all("events", self._events)
+        self._users.write(batch)
+        self._timers.write(batch)
+        if self._keep and mark.value is not None:
+            self._users.forget(self._sweeper.sweep(mark.value - self._keep, batch, spare=self._touched))
         progress = Progress(self.next_offset, mark.seen, mark.value, self.last, self.append_ms, self.open_impressions)
-        self.store.write(self._batch, progress)
-        for user in self._touched:
-            if tail := self._tails.get(user):
+        self.store.write(batch, progress)
+        for uid in self._touched:
+            if (tail := self._users.at_hand(uid)) is not None:
                 self._trim(tail)
-        if len(self._items) > KNOWN_ITEMS:
-            self._items.clear()
+        self._users.written(self._touched)
+        self._items.written()
         self._begin()
 
     def history(self, user: str, before: int, limit: int) -> History | None:
         """The user's newest `limit` impressions and actions with time < `before`, oldest first; None if unknown."""
-        if not self.knows(user):
+        if not self._users.knows(user):
             return None
-        tail = self._open(user)
-        self._cover(tail, user, before, limit)
+        uid = codec.uid(user)
+        tail = self._users.open(uid, user)
+        self._users.cover(uid, tail, before, limit)
         end = bisect_left(tail.times, before)
-        return tail.window(max(0, end - limit), end)
+        found = tail.window(max(0, end - limit, bisect_left(tail.times, self._cut())), end)
+        self._touched.add(uid)
+        if not self.pending:  # nobody else will let go of what reading has brought
+            self._users.written(self._touched)
+            self._touched.clear()
+        return found
 
     def knows(self, user: str) -> bool:
         """Whether there is anything of this user."""
-        return user in self._tails or (user not in self._erased and self.store.has_user(user))
+        return self._users.knows(user)
 
     def item_text(self, key: int) -> str | None:
-        return self._items.get(key) or self.store.item_text(key)
+        return self._items.text(key)
 
     def _begin(self) -> None:
         """An empty batch; nothing pending."""
         self._batch = self.store.batch()
-        self._touched: set[str] = set()  # users with something in the batch: their tails may not go
-        self._erased: set[str] = set()  # users whose stored events are gone once the batch is written
+        self._events: list[tuple[bytes, bytes]] = []  # of the batch: the events' keys and values
+        self._touched: set[bytes] = set()  # users whose tails may have grown, by key
         self._profiles: set[bytes] = set()  # keys of profile events in the batch
+        self._last: tuple[str, bytes, Tail] | None = None  # whose event was taken last: the next is often his, too
 
-    def _event(self, e: Event, record: Record, out: Applied) -> bool:
-        """Take one event; false if it was here already."""
-        kind, time, user = e.kind, e.time, e.user
-        tail = self._open(user)
-        item, request, due, late = 0, 0, codec.NEVER, False
+    def _cut(self) -> int:
+        """Events before this time (ms) are out of the sequence."""
+        watermark = self._watermark.value
+        return EVER if not self._keep or watermark is None else watermark - self._keep
+
+    def _take_slate(self, events: list[Event], records: Records, first: int) -> bool:
+        """Take impressions of one user, time and watermark at once: `_take` for each of them, in fewer steps.
+
+        first: the first one's place in `records`. False where it is not that simple, and nothing was done.
+        """
+        time, user, watermark, m = events[0].time, events[0].user, self._watermark.value, len(events)
+        uid, tail = self._whose(user)
+        if watermark is not None and time + self._window <= watermark:
+            return False
+        if tail.since > time:
+            self._users.cover(uid, tail, time)
+        times, ids = tail.times, [e.event_id for e in events]
+        if (times and times[-1] >= time) or len(set(ids)) < m:
+            return False
+        due, appends = time + self._window, records.append_ms[first : first + m]
+        items = [self._items.key(e.item) for e in events]
+        requests = [self._request(e.request) for e in events]
+        order = sorted(range(m), key=ids.__getitem__)
+        times.extend([time] * m)
+        tail.kinds.extend([IMPRESSION] * m)
+        tail.states.extend([SHOWN] * m)
+        tail.ids.extend([ids[i] for i in order])
+        tail.items.extend([items[i] for i in order])
+        tail.requests.extend([requests[i] for i in order])
+        tail.appends.extend([appends[i] for i in order])
+        self._schedule(uid, tail, due, None)
+        self.open_impressions += m * self._emits
+        prefix, pending = codec.event_prefix(uid, time, IMPRESSION), self._events
+        for e, item, append_ms, offset in zip(events, items, appends, records.offsets[first : first + m], strict=True):
+            value = (e.event_id, item, append_ms, due, False, offset, e.request, e.surface, e.position, e.features)
+            pending.append((prefix + codec.event_digest(e.event_id), codec.encode_event(value)))
+        return True
+
+    def _whose(self, user: str) -> tuple[bytes, Tail]:
+        """The user's key and tail."""
+        if (last := self._last) is not None and last[0] == user:
+            return last[1], last[2]
+        uid = codec.uid(user)
+        tail = self._users.open(uid, user)
+        self._last = user, uid, tail
+        self._touched.add(uid)
+        return uid, tail
+
+    def _request(self, text: str) -> int:
+        """The request's key; the next event is often of the same."""
+        if text != self._asked[0]:
+            self._asked = text, request_key(text)
+        return self._asked[1]
+
+    def _schedule(self, uid: bytes, tail: Tail, due: int, behind: int | None) -> None:
+        """Look at the user when the watermark reaches `due`; behind: the time of an event that it has passed already."""
+        if not self._emits:
+            return
+        step = self._watermark.step_of(due)
+        if behind is not None or step != tail.scheduled:
+            self._timers.schedule(step, uid, behind)
+            tail.scheduled = step
+
+    def _take(self, e: Event, offset: int, append_ms: int, out: Applied) -> bool:
+        """Take one event; false if it was here already, or is older than what is kept."""
+        kind, time, user, watermark = e.kind, e.time, e.user, self._watermark.value
+        cut = EVER
+        if self._keep and watermark is not None and time < (cut := watermark - self._keep):
+            out.expired += 1
+            return False
+        uid, tail = self._whose(user)
+        item, due, late, behind = 0, codec.NEVER, False, None
         if kind == PROFILE:
-            if self._has_profile(user, e):
+            key = codec.event_key(uid, time, kind, e.event_id)
+            if key in self._profiles or (not self._users.is_erased(uid) and self.store.has_event(key)):
                 out.duplicates += 1
                 return False
+            self._profiles.add(key)
         else:
-            item, request = item_key(e.item), request_key(e.request)
-            self._cover(tail, user, time if kind == IMPRESSION else time - self._window + 1)
-            i = tail.place(time, kind, e.event_id, self._rank)
+            times = tail.times
+            from_time = time if kind == IMPRESSION else time - self._window + 1
+            if tail.since > from_time:
+                self._users.cover(uid, tail, from_time)
+            i = len(times) if times and times[-1] < time else tail.place(time, kind, e.event_id, self._rank)
             if i < 0:
                 out.duplicates += 1
                 return False
+            item, request = self._items.key(e.item), self._request(e.request)
             if kind == IMPRESSION:
-                late = self._watermark.reached(time + self._window)
-                due = codec.NEVER if late else time + self._window
+                due, state = time + self._window, SHOWN
+                if watermark is not None and due <= watermark:
+                    due, state, late = codec.NEVER, LATE, True
             else:
-                j = join.find(tail, i, time, item, request, window_ms=self._window)
-                late = j >= 0 and self._watermark.reached(tail.times[j] + self._window)
+                j = join.find(tail, i, max(time - self._window, cut - 1), item, request)
                 if j < 0:  # organic so far: a target when the watermark reaches it, at the next step if it has
-                    due = time if not self._watermark.reached(time) else self._watermark.value + 1  # type: ignore[operator]
-            tail.insert(i, Token(time, kind, e.event_id, item, request, record.append_ms, due, late))
-            self._name(item, e.item)
-            if due >= 0:
-                self._schedule(due, user, time)
+                    due, state = time, ORGANIC
+                    if watermark is not None and time <= watermark:
+                        due, behind = watermark + 1, time
+                elif watermark is not None and times[j] + self._window <= watermark:
+                    state, late = LATE, True
+                else:
+                    state = DECIDED
+            if i == len(times):
+                tail.append(time, kind, e.event_id, item, request, append_ms, state)
+            else:
+                tail.insert(i, Token(time, kind, e.event_id, item, request, append_ms, state))
+            if due != codec.NEVER:
+                self._schedule(uid, tail, due, behind)
                 self.open_impressions += kind == IMPRESSION and self._emits
-        self._touched.add(user)
-        stored = codec.Stored(
-            e.event_id, item, record.append_ms, due, late, record.offset, e.request, e.surface, e.position, e.features
-        )
-        key = codec.event_key(codec.uid(user), time, kind, e.event_id)
-        self._batch.put("events", key, codec.encode_event(stored))
-        if kind == PROFILE:
-            self._profiles.add(key)
-        out.kinds[self._names[kind]] += 1
+            key = codec.event_key(uid, time, kind, e.event_id)
+        value = (e.event_id, item, append_ms, due, late, offset, e.request, e.surface, e.position, e.features)
+        self._events.append((key, codec.encode_event(value)))
         out.late += late
-        if len(out.ages_ms) < 2:
-            out.ages_ms.append(record.append_ms - time)
-        else:
-            out.ages_ms[1] = record.append_ms - time
         return True
 
-    def _open(self, user: str) -> Tail:
-        """The user's tail, from now on the most recently used; a new user gets a name."""
-        tail = self._tails.pop(user, None)
-        if tail is None:
-            while len(self._tails) >= self._cached and (oldest := next(iter(self._tails))) not in self._touched:
-                del self._tails[oldest]
-            if user in self._erased or not self.store.has_user(user):
-                self._batch.put("users", codec.uid(user), user.encode())
-                self._touched.add(user)
-                tail = Tail()
-            else:
-                tail = Tail(NOTHING)
-                self._cover(tail, user, self._open_from(), self._history)
-        self._tails[user] = tail
-        return tail
+    def _close(self, before: int | None, offset: int, append_ms: int, out: Applied, emit: Emit) -> None:
+        """The watermark moved from `before` by the record at `offset`: emit the targets it closes."""
+        upto = self._watermark.value
+        assert upto is not None
+        lower = -1 if before is None else before
+        oldest = lower - self._keep if self._keep else EVER
+        n = 0
+        for uid, behind in self._timers.due(lower, upto):
+            tail = self._users.find(uid)
+            if tail is None:  # erased since
+                continue
+            self._touched.add(uid)
+            first = lower - self._window + 1
+            self._users.cover(uid, tail, first if behind is None else min(behind, first), self._history)
+            found = join.targets(tail, lower, upto, self._window, behind=behind, oldest=oldest)
+            for chunk in join.chunks(found.rows, self._history):
+                position = (offset, n)
+                example = self._example(tail, found.rows[chunk], found.labels[chunk], position, oldest, append_ms)
+                emit(tail.user.encode(), wire.encode(example))
+                n += 1
+            out.targets += len(found.rows)
+            self.open_impressions -= found.impressions
+        out.examples += n
+        self._users.closed = upto
 
-    def _open_from(self) -> int:
-        """No label of an event before this time is open (but for those that `_due` names)."""
-        return 0 if self._watermark.value is None else self._watermark.value - self._window + 1
+    def _example(
+        self, tail: Tail, rows: list[int], labels: list[int], position: wire.Position, oldest: int, append_ms: int
+    ) -> wire.WireExample:
+        """What the closing of these rows teaches, with the window that ends with them."""
+        end = rows[-1] + 1
+        start = max(0, end - self._history) if self._history else rows[0]
+        if self._keep:
+            start = max(start, bisect_left(tail.times, oldest))
+        prev, self.last = self.last, position
+        watermark = self._watermark.value
+        assert watermark is not None
+        return wire.WireExample(
+            wire.FORMAT,
+            self.fingerprint,
+            position,
+            prev,
+            tail.user,
+            watermark,
+            append_ms,
+            tail.kinds[start:end].tobytes(),
+            tail.items[start:end].tobytes(),
+            tail.times[start:end].tobytes(),
+            tail.requests[start:end].tobytes(),
+            array("I", [row - start for row in rows]).tobytes(),
+            array("I", labels).tobytes(),
+            array("q", [tail.appends[row] for row in rows]).tobytes(),
+            [self._text(tail.items[row]) for row in rows],
+            [tail.ids[row] for row in rows],
+        )
 
-    def _cover(self, tail: Tail, user: str, time: int, tokens: int = 0) -> None:
-        """Read back what the tail lacks of everything from `time` on and `tokens` events before that."""
-        if tail.covers(time, tokens):
+    def _text(self, key: int) -> str:
+        text = self._items.text(key)
+        if text is None:
+            raise DataError(
+                f"the item {key:016x} has no text",
+                where=str(self.store.path),
+                remedy="the store is damaged: remove it and rebuild it from the log",
+            )
+        return text
+
+    def _erase(self, user: str) -> None:
+        """Forget the user: events, name, tail. His timers find nobody when they fall due."""
+        if not self._users.knows(user):
             return
-        older: list[Token] = []
-        since, count = EVER, bisect_left(tail.times, time)
-        for t, kind, s in self.store.events(codec.uid(user), None if tail.since == NOTHING else tail.since):
-            if t < time and count >= tokens and not (older and older[-1].time == t):
-                since = t + 1
-                break
-            if kind != PROFILE:
-                older.append(Token(t, kind, s.event_id, s.item, request_key(s.request), s.append_ms, s.due, s.late))
-                count += t < time
-        tail.extend_back(older, since, self._rank)
+        uid = codec.uid(user)
+        if self._emits:
+            tail = self._users.open(uid, user)
+            self._users.cover(uid, tail, self._users.closed - self._window + 1)
+            self.open_impressions -= tail.states.tobytes().count(SHOWN)
+        self._batch.put_all("events", self._events)
+        self._events = []
+        self._batch.delete_prefix("events", uid, codec.EVENT_KEY_BYTES)
+        self._profiles = {key for key in self._profiles if not key.startswith(uid)}
+        self._users.erase(uid, self._batch)
+        self._last = None
 
     def _trim(self, tail: Tail) -> None:
         """Keep the open labels and one window before them; cut only when it is worth it."""
         keep = join.first_open(tail, self._watermark.value, self._window) - self._history
-        if keep > self._history:
+        if keep > max(self._history, 16):
             tail.trim(keep)
 
-    def _has_profile(self, user: str, e: Event) -> bool:
-        key = codec.event_key(codec.uid(user), e.time, e.kind, e.event_id)
-        return key in self._profiles or (user not in self._erased and self.store.event(key) is not None)
 
-    def _name(self, key: int, item: str) -> None:
-        """Keep the item's text."""
-        known = self._items.get(key)
-        if known is None:
-            if not self.store.has_item(key, item):
-                self._batch.put("items", codec.item_bytes(key), item.encode())
-            self._items[key] = item
-        elif known != item:
-            raise DataError(
-                f"items {known!r} and {item!r} share the key {key:016x}",
-                where=str(self.store.path),
-                remedy="rename one of them at its source: the model could not tell them apart",
-            )
-
-    def _schedule(self, due: int, user: str, time: int) -> None:
-        """Look at the user when the watermark reaches `due`, because of an event at `time`."""
-        if not self._emits:
-            return
-        step = self._watermark.step_of(due)
-        users = self._due.get(step)
-        if users is None:
-            users = self._due[step] = {}
-            heapq.heappush(self._steps, step)
-        if (oldest := users.get(user)) is None or time < oldest:
-            users[user] = time
-            self._batch.put("due", codec.due_key(step, codec.uid(user)), codec.encode_due(time, user))
-
-    def _close(self, before: int | None, record: Record, out: Applied) -> None:
-        """The watermark moved from `before` by this record: emit the targets it closes."""
-        watermark = self._watermark.value
-        assert watermark is not None
-        waiting: dict[str, int] = {}
-        while self._steps and self._steps[0] <= watermark:
-            step = heapq.heappop(self._steps)
-            for user, oldest in self._due.pop(step).items():
-                waiting[user] = min(oldest, waiting.get(user, oldest))
-                self._batch.delete("due", codec.due_key(step, codec.uid(user)))
-        n = 0
-        for user in sorted(waiting):
-            tail = self._open(user)
-            self._cover(tail, user, waiting[user], self._history)
-            found = join.targets(tail, codec.NEVER if before is None else before, watermark, self._window)
-            for chunk in join.chunks(found, self._history):
-                out.examples.append(self._example(user, tail, chunk, (record.offset, n), watermark))
-                n += 1
-                out.targets += len(chunk)
-            self.open_impressions -= sum(tail.kinds[t.row] == IMPRESSION for t in found)
-
-    def _example(
-        self, user: str, tail: Tail, chunk: list[join.Target], position: wire.Position, watermark: int
-    ) -> wire.Example:
-        end = chunk[-1].row + 1
-        start = max(0, end - self._history)
-        rows = [t.row for t in chunk]
-        prev, self.last = self.last, position
-        return wire.Example(
-            self.fingerprint,
-            position,
-            prev,
-            user,
-            watermark,
-            self.append_ms,
-            tail.window(start, end),
-            np.array(rows, np.int64) - start,
-            np.array([t.labels for t in chunk], np.uint32),
-            np.array([tail.appends[i] for i in rows], np.int64),
-            [self._text(tail.items[i]) for i in rows],
-            [tail.ids[i] for i in rows],
-        )
-
-    def _text(self, key: int) -> str:
-        text = self._items.get(key)
-        if text is None:
-            text = self.store.item_text(key)
-            if text is None:
-                raise DataError(
-                    f"the item {key:016x} has no text",
-                    where=str(self.store.path),
-                    remedy="the store is damaged: remove it and rebuild it from the log",
-                )
-            self._items[key] = text
-        return text
-
-    def _erase(self, user: str) -> None:
-        """Forget the user: events, open labels, name, tail."""
-        if not self.knows(user):
-            return
-        uid = codec.uid(user)
-        tail = self._open(user)
-        for step, users in self._due.items():
-            if user in users:
-                self._cover(tail, user, users.pop(user))
-                self._batch.delete("due", codec.due_key(step, uid))
-        if self._emits:
-            after = codec.NEVER if self._watermark.value is None else self._watermark.value
-            self.open_impressions -= sum(
-                kind == IMPRESSION and due > after for kind, due in zip(tail.kinds, tail.dues, strict=True)
-            )
-        self._batch.delete_prefix("events", uid, codec.EVENT_KEY_BYTES)
-        self._batch.delete("users", uid)
-        del self._tails[user]
-        self._profiles = {key for key in self._profiles if not key.startswith(uid)}
-        self._erased.add(user)
-        self._touched.add(user)
+def _slate(outcomes: list[Event | Heartbeat | Erasure | BadRecord], i: int) -> int:
+    """Where the impressions end that go on with the user and time of the one before place `i`."""
+    first = outcomes[i - 1]
+    assert type(first) is Event
+    user, time = first.user, first.time
+    while i < len(outcomes):
+        e = outcomes[i]
+        if type(e) is not Event or e.time != time or e.user != user or e.kind != IMPRESSION:
+            break
+        i += 1
+    return i

@@ -23,13 +23,13 @@ from pathlib import Path
 from streamgr.clock import Clock, Deadline
 from streamgr.config import Config
 from streamgr.errors import ConfigError, RetentionPassed, TryAgain
-from streamgr.events import Record, heartbeat
+from streamgr.events import Records, heartbeat
 from streamgr.kafka.consumer import Consumer
 from streamgr.kafka.producer import Producer
 from streamgr.kafka.topics import Identity, identity
 from streamgr.sequence import examples as wire
 from streamgr.sequence import meters, origin
-from streamgr.sequence.partition import Applied, Partition
+from streamgr.sequence.partition import Partition
 from streamgr.service import Stop
 from streamgr.state.rocks import Memory
 from streamgr.state.store import Store, partition_directory
@@ -122,25 +122,27 @@ class Sequencer:
 
     def _turn(self, consumer: Consumer, producer: Producer, ends: Mapping[int, int] | None = None) -> None:
         """Poll, apply, produce; commit when it is time."""
-        by_partition: dict[int, list[Record]] = {}
-        for record in consumer.poll():
-            if ends is None or record.offset < ends[record.partition]:
-                by_partition.setdefault(record.partition, []).append(record)
-        for number, records in by_partition.items():
-            if partition := self._partitions.get(number):
-                span = self._spans.setdefault(number, [records[0].append_ms, 0])
-                span[1] = records[-1].append_ms
-                self._emit(number, partition.apply(records), producer)
+        for records in consumer.fetch():
+            if ends is not None:
+                records = records.between(0, ends[records.partition])
+            if records and (partition := self._partitions.get(records.partition)):
+                span = self._spans.setdefault(records.partition, [records.append_ms[0], 0])
+                span[1] = records.append_ms[-1]
+                self._apply(partition, records, producer)
         if ends is None:  # a backfill adds nothing to what it works off
             self._heartbeat(producer)
         if self._clock.monotonic() - self._committed >= self._config.sequence.commit_interval_seconds:
             self._commit(consumer, producer)
         self._health.turned()
 
-    def _emit(self, number: int, out: Applied, producer: Producer) -> None:
-        """Step 2: the outputs of one batch, to the source's partition number."""
-        for example in out.examples:
-            producer.send(self._examples, wire.encode(example), key=example.user.encode(), partition=number)
+    def _apply(self, partition: Partition, records: Records, producer: Producer) -> None:
+        """Steps 1 and 2 of one batch: its outputs go to the source's partition number as they come."""
+        number = records.partition
+
+        def emit(key: bytes, value: bytes) -> None:
+            producer.send(self._examples, value, key=key, partition=number)
+
+        out = partition.apply(records, emit)
         for record, bad in out.dead_letters:
             headers = {"reason": bad.reason, "topic": record.topic, "partition": number, "offset": record.offset}
             producer.send(

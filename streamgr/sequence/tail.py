@@ -1,22 +1,30 @@
 """The newest part of one user's sequence, decoded, as columns.
 
-A partition has one writer, so its cache of tails is exact: a tail holds every event (impressions and actions, no
-profiles) with time >= `since`, stored or about to be. Columns are `array`s, which grow at the end and open in the
-middle at the speed of memmove, and become numpy arrays without a copy of more than the slice. Sequence order: time,
-then impressions before actions by kind name, then event id (decision 9).
+A partition has one writer, so what it keeps of its users is exact: a tail holds every event (impressions and actions,
+no profiles) with time >= `since`, stored or about to be. Columns are `array`s: they grow at the end, open in the middle
+at the speed of memmove, are searched as bytes and go onto the wire as they are. Sequence order: time, then impressions
+before actions by kind name, then event id (decision 9).
 """
 
+import sys
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from streamgr.events import FIRST_ACTION, IMPRESSION, PROFILE, History
 
-EVER, NOTHING = -(1 << 62), 1 << 62  # `since` of a whole sequence, and of one that is not loaded yet
+if sys.byteorder != "little":
+    raise ImportError("columns go onto the wire as they lie in memory: streamgr needs a little-endian machine")
+
+EVER, NOTHING = -(1 << 62), 1 << 62  # `since` of a whole sequence, and of one of which nothing is loaded yet
+
+# What a row waits for. DECIDED: for nothing, it was a target or never will be one. LATE: nor will it, it came too late.
+# SHOWN: an impression whose label is open. ORGANIC: an action that joins nothing so far, and that the watermark has not
+# reached.
+DECIDED, LATE, SHOWN, ORGANIC = 0, 1, 2, 3
 
 
 def ranks(actions: Sequence[str]) -> list[int]:
@@ -26,7 +34,7 @@ def ranks(actions: Sequence[str]) -> list[int]:
 
 
 class Token(NamedTuple):
-    """One row of a tail. Fields as in `state.codec.Stored`; request: `events.request_key`."""
+    """One row of a tail. item: `events.item_key`; request: `events.request_key`; state: as above."""
 
     time: int
     kind: int
@@ -34,20 +42,21 @@ class Token(NamedTuple):
     item: int
     request: int
     append_ms: int
-    due: int
-    late: bool
+    state: int
 
 
 class Tail:
-    """Columns in sequence order, oldest first; row i of each is one event. Only its partition writes it."""
+    """Columns in sequence order, oldest first; row i of each is one event. Only its partition writes it.
 
-    __slots__ = ("appends", "dues", "ids", "items", "kinds", "lates", "requests", "since", "times")
+    scheduled: the step at which the user's labels were last asked to be closed (`timers`), so as to ask once.
+    """
 
-    def __init__(self, since: int = EVER) -> None:
-        self.since = since
-        self.times, self.kinds = array("q"), array("B")
-        self.items, self.requests = array("Q"), array("Q")
-        self.appends, self.dues, self.lates = array("q"), array("q"), array("B")
+    __slots__ = ("appends", "ids", "items", "kinds", "requests", "scheduled", "since", "states", "times", "user")
+
+    def __init__(self, user: str = "", since: int = EVER) -> None:
+        self.user, self.since, self.scheduled = user, since, -1
+        self.times, self.kinds, self.states = array("q"), array("B"), array("B")
+        self.items, self.requests, self.appends = array("Q"), array("Q"), array("q")
         self.ids: list[str] = []
 
     def __len__(self) -> int:
@@ -55,65 +64,49 @@ class Tail:
 
     def place(self, time: int, kind: int, event_id: str, rank: Sequence[int]) -> int:
         """Where the event belongs; -1 - i where row i is this very event."""
-        times = self.times
-        n = len(times)
-        if not n or times[n - 1] < time:
+        times, n = self.times, len(self.times)
+        if not n or times[-1] < time:
             return n
-        i = bisect_left(times, time)
+        kinds, ids = self.kinds, self.ids
         order = (rank[kind], event_id)
-        while i < n and times[i] == time:
-            here = (rank[self.kinds[i]], self.ids[i])
-            if here == order:
-                return -1 - i
-            if here > order:
-                break
-            i += 1
+        if times[-1] == time and order > (rank[kinds[-1]], ids[-1]):
+            return n
+        start = bisect_left(times, time)
+        end = bisect_left(times, time + 1, start)
+        i = bisect_left(range(start, end), order, key=lambda row: (rank[kinds[row]], ids[row])) + start
+        if i < end and (rank[kinds[i]], ids[i]) == order:
+            return -1 - i
         return i
 
     def insert(self, i: int, token: Token) -> None:
-        """Put a row before row i (at the end: i = len)."""
-        time, kind, event_id, item, request, append_ms, due, late = token
-        if i == len(self.times):
-            self.times.append(time)
-            self.kinds.append(kind)
-            self.ids.append(event_id)
-            self.items.append(item)
-            self.requests.append(request)
-            self.appends.append(append_ms)
-            self.dues.append(due)
-            self.lates.append(late)
-        else:
-            self.times.insert(i, time)
-            self.kinds.insert(i, kind)
-            self.ids.insert(i, event_id)
-            self.items.insert(i, item)
-            self.requests.insert(i, request)
-            self.appends.insert(i, append_ms)
-            self.dues.insert(i, due)
-            self.lates.insert(i, late)
+        """Put a row before row i (at the end: `append`)."""
+        for column, value in zip(self._columns(), token, strict=True):
+            column.insert(i, value)
+
+    def append(  # noqa: PLR0917
+        self, time: int, kind: int, event_id: str, item: int, request: int, append_ms: int, state: int
+    ) -> None:
+        """Put a row at the end: what nearly every event asks for, without a loop."""
+        self.times.append(time)
+        self.kinds.append(kind)
+        self.ids.append(event_id)
+        self.items.append(item)
+        self.requests.append(request)
+        self.appends.append(append_ms)
+        self.states.append(state)
 
     def extend_back(self, older: Iterable[Token], since: int, rank: Sequence[int]) -> None:
         """Put events before all others, in any order; the tail is whole down to `since` from then on."""
-        rows = sorted(older, key=lambda t: (t.time, rank[t.kind], t.event_id))
-        if rows:
-            times, kinds, ids, items, requests, appends, dues, lates = zip(*rows, strict=True)
-            self.times = array("q", times) + self.times
-            self.kinds = array("B", kinds) + self.kinds
-            self.ids = [*ids, *self.ids]
-            self.items = array("Q", items) + self.items
-            self.requests = array("Q", requests) + self.requests
-            self.appends = array("q", appends) + self.appends
-            self.dues = array("q", dues) + self.dues
-            self.lates = array("B", lates) + self.lates
+        if rows := sorted(older, key=lambda t: (t.time, rank[t.kind], t.event_id)):
+            for column, values in zip(self._columns(), zip(*rows, strict=True), strict=True):
+                column[:0] = array(column.typecode, values) if isinstance(column, array) else list(values)
         self.since = since
 
     def trim(self, keep_from: int) -> None:
         """Forget rows before the first of row `keep_from`'s time."""
-        cut = bisect_left(self.times, self.times[keep_from])
-        if cut:
+        if cut := bisect_left(self.times, self.times[keep_from]):
             self.since = self.times[cut]
-            columns = (self.times, self.kinds, self.ids, self.items, self.requests, self.appends, self.dues, self.lates)
-            for column in columns:
+            for column in self._columns():
                 del column[:cut]
 
     def covers(self, time: int, tokens: int = 0) -> bool:
@@ -129,10 +122,6 @@ class Tail:
             np.frombuffer(self.requests[start:end], np.uint64),
         )
 
-    def columns(self, start: int, end: int) -> tuple[NDArray[np.uint8], NDArray[np.uint64], NDArray[np.uint64]]:
-        """kinds, items, requests of rows start to end (copies)."""
-        return (
-            np.frombuffer(self.kinds[start:end], np.uint8),
-            np.frombuffer(self.items[start:end], np.uint64),
-            np.frombuffer(self.requests[start:end], np.uint64),
-        )
+    def _columns(self) -> tuple[Any, ...]:
+        """In the order of `Token`'s fields."""
+        return (self.times, self.kinds, self.ids, self.items, self.requests, self.appends, self.states)

@@ -6,14 +6,14 @@ not matter (only `late` tells of it). Stores are opened read-only, beside the pr
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from streamgr.config import State
 from streamgr.errors import DataError
 from streamgr.events import FIRST_ACTION, PROFILE, request_key
 from streamgr.sequence import join
 from streamgr.sequence.examples import Example
-from streamgr.sequence.tail import Tail, Token, ranks
+from streamgr.sequence.tail import DECIDED, Tail, Token, ranks
 from streamgr.state import codec
 from streamgr.state.rocks import Memory
 from streamgr.state.store import Store
@@ -22,12 +22,27 @@ Json = dict[str, Any]
 ROLES = ("sequencer", "scorer")  # who keeps sequences, in the order in which we ask
 
 
-def show(state_directory: Path, user: str) -> Json | None:
+class Part(NamedTuple):
+    """Which part of a sequence is wanted: since <= event time < before (ms), and of that the newest `last` (0: all).
+
+    A part is read from its newest end and no farther than asked, however long the sequence is. Of profiles it shows the
+    first of each run within the part.
+    """
+
+    since: int = 0
+    before: int | None = None
+    last: int = 0
+
+
+WHOLE = Part()
+
+
+def show(state_directory: Path, user: str, part: Part = WHOLE) -> Json | None:
     """One user's sequence from `state.directory`; None if unknown. Raises `DataError` where there is no state."""
     for store in _stores(state_directory):
         try:
-            if store.has_user(user):
-                return sequence(store, user)
+            if store.has_user(codec.uid(user), user):
+                return sequence(store, user, part)
         finally:
             store.close()
     return None
@@ -39,18 +54,19 @@ def export(state_directory: Path) -> Iterator[Json]:
     try:
         users = sorted((user, place) for place, store in enumerate(stores) for user in store.users())
         for user, place in users:
-            yield sequence(stores[place], user)
+            if (found := sequence(stores[place], user))["events"]:  # all of it may be older than what is kept
+                yield found
     finally:
         for store in stores:
             store.close()
 
 
-def sequence(store: Store, user: str) -> Json:
-    """A user's whole sequence, oldest first: every impression and action, and of profiles the first of each run."""
+def sequence(store: Store, user: str, part: Part = WHOLE) -> Json:
+    """A user's sequence, oldest first: every impression and action, and of profiles the first of each run."""
     meta = store.meta
     assert meta is not None
     names, rank = ["profile", "impression", *meta.actions], ranks(meta.actions)
-    stored = sorted(store.events(codec.uid(user)), key=lambda row: (row[0], rank[row[1]], row[2].event_id))
+    stored = sorted(_read(store, user, part), key=lambda row: (row[0], rank[row[1]], row[2].event_id))
     texts = dict.fromkeys(event.item for _, kind, event in stored if kind != PROFILE)
     texts |= zip(texts, store.item_texts(list(texts)), strict=True)
     actions = _joined_kinds(stored, rank, meta.window_ms)
@@ -72,8 +88,31 @@ def sequence(store: Store, user: str) -> Json:
             token += 1
         if event.late:
             row["late"] = True
-        shown.append(row)
-    return {"user_id": user, "events": shown}
+        if part.before is None or time < part.before:
+            shown.append(row)
+    return {"user_id": user, "events": shown[-part.last :] if part.last else shown}
+
+
+def _read(store: Store, user: str, part: Part) -> Iterator[tuple[int, int, codec.Stored]]:
+    """(time, kind, event) of the part, newest first, and of one window after it: what may have joined it."""
+    meta, watermark = store.meta, store.progress.watermark
+    assert meta is not None
+    cut = watermark - meta.keep_ms if meta.keep_ms and watermark is not None else 0
+    after = None if part.before is None else part.before + meta.window_ms
+    wanted, oldest = part.last, 0  # how many more, and the time of the last one read
+    profile: tuple[int, int, codec.Stored] | None = None  # that holds at the cut
+    for time, kind, event in store.events(codec.uid(user), after):
+        if time < cut:
+            if kind == PROFILE and (profile is None or (time, event.event_id) > (profile[0], profile[2].event_id)):
+                profile = time, kind, event
+            continue
+        if time < part.since or (part.last and wanted <= 0 and time < oldest):
+            return
+        yield time, kind, event
+        if part.before is None or time < part.before:
+            wanted, oldest = wanted - 1, time
+    if profile is not None and profile[0] >= part.since:  # it still holds
+        yield profile
 
 
 def examples_json(example: Example, partition: int, actions: Sequence[str]) -> Json:
@@ -107,7 +146,7 @@ def _joined_kinds(
     tail = Tail()
     tail.extend_back(
         (
-            Token(t, kind, s.event_id, s.item, request_key(s.request), s.append_ms, s.due, s.late)
+            Token(t, kind, s.event_id, s.item, request_key(s.request), s.append_ms, DECIDED)
             for t, kind, s in stored
             if kind != PROFILE
         ),
@@ -116,8 +155,10 @@ def _joined_kinds(
     )
     found: dict[int, set[int]] = {}
     for i, kind in enumerate(tail.kinds):
-        if kind >= FIRST_ACTION and (j := join.joined(tail, i, window_ms)) >= 0:
-            found.setdefault(j, set()).add(kind)
+        if kind >= FIRST_ACTION:
+            j = join.find(tail, i, tail.times[i] - window_ms, tail.items[i], tail.requests[i])
+            if j >= 0:
+                found.setdefault(j, set()).add(kind)
     return found
 
 

@@ -34,6 +34,14 @@ class Watermark:
         self.value = value
         return True
 
+    def moves(self, time: int) -> bool:
+        """Whether a record of event time `time` would move the watermark, or is held back from moving it farther."""
+        if self.value is None or self.seen is None:
+            return True
+        if time > self.seen and self.max_step_ms:
+            return True
+        return (time - self.lateness_ms) // self.step_ms * self.step_ms > self.value
+
     def reached(self, time: int) -> bool:
         """Whether the watermark is at or past `time`."""
         return self.value is not None and self.value >= time

@@ -3,7 +3,7 @@
     events  uid 16 | ~time 8 | kind 1 | event hash 8   -> Stored     a user's newest event first
     users   uid 16                                     -> user text
     items   item key 8                                 -> item text
-    due     step 8 | uid 16                            -> time 8, user text    open labels by the closing watermark
+    due     step 8 | uid 16 [| time 8]                 -> nothing      open labels by the watermark that closes them
     state   "meta" | "progress"                        -> see `store`
 
 A user's key is a digest of fixed width, so that a prefix scan finds exactly one user. The time is complemented, so
@@ -21,14 +21,16 @@ import msgspec
 
 from streamgr.errors import DataError
 
-VERSION = 1
-UID_BYTES, EVENT_KEY_BYTES, DUE_KEY_BYTES = 16, 33, 24
+VERSION = 1  # of an event's value
+UID_BYTES, EVENT_KEY_BYTES = 16, 33
 NEVER = -1  # `due` of what is no target
+LAST_STEP = (1 << 64) - 1  # later than any
 
 _U64 = (1 << 64) - 1
-_event_tail = struct.Struct(">QB8s")
+_event_head = struct.Struct(">QB")
 _scan_tail = struct.Struct(">Q")
 _due = struct.Struct(">Q16s")
+_event_digest = blake2b(digest_size=8)  # copied for each event: making a new one costs twice as much
 
 
 class Stored(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -63,7 +65,19 @@ def uid(user: str) -> bytes:
 
 def event_key(user: bytes, time: int, kind: int, event_id: str) -> bytes:
     """Where an event lies; `user` is its `uid`. The same identity (decision 9) gives the same key."""
-    return user + _event_tail.pack(_U64 - time, kind, blake2b(event_id.encode(), digest_size=8).digest())
+    return event_prefix(user, time, kind) + event_digest(event_id)
+
+
+def event_prefix(user: bytes, time: int, kind: int) -> bytes:
+    """What the keys of a user's events of one time and kind begin with."""
+    return user + _event_head.pack(_U64 - time, kind)
+
+
+def event_digest(event_id: str) -> bytes:
+    """What they end with."""
+    digest = _event_digest.copy()
+    digest.update(event_id.encode())
+    return digest.digest()
 
 
 def scan_key(user: bytes, before: int | None = None) -> bytes:
@@ -73,12 +87,12 @@ def scan_key(user: bytes, before: int | None = None) -> bytes:
 
 def split_event_key(key: bytes) -> tuple[int, int]:
     """(time, kind) of an event's key."""
-    time, kind, _ = _event_tail.unpack_from(key, UID_BYTES)
+    time, kind = _event_head.unpack_from(key, UID_BYTES)
     return _U64 - time, kind
 
 
-def encode_event(event: Stored) -> bytes:
-    """The bytes of an event's value."""
+def encode_event(event: "Stored | tuple[object, ...]") -> bytes:
+    """The bytes of an event's value; `event` may be a plain tuple of `Stored`'s fields (its bytes are the same)."""
     return _HEAD + _encoder.encode(event)
 
 
@@ -102,16 +116,16 @@ def item_bytes(key: int) -> bytes:
     return key.to_bytes(8, "big")
 
 
-def due_key(step: int, user: bytes) -> bytes:
-    """The key of a user's open labels: `step` is the watermark (ms, on the grid of steps) that closes them."""
-    return _due.pack(step, user)
+def due_key(step: int, user: bytes = b"", behind: int | None = None) -> bytes:
+    """The key of a user's open labels: `step` is the watermark (ms, on the grid of steps) that closes them.
+
+    behind: the time of an event that the watermark had passed already when it came. Without a user: before all of them.
+    """
+    key = _due.pack(step, user) if user else _scan_tail.pack(step)
+    return key if behind is None else key + _scan_tail.pack(behind)
 
 
-def encode_due(oldest: int, user: str) -> bytes:
-    """Their value: the time of the oldest event that waits for this step, and whose it is."""
-    return _scan_tail.pack(oldest) + user.encode()
-
-
-def decode_due(key: bytes, value: bytes) -> tuple[int, str, int]:
-    """(step, user, oldest)"""
-    return _due.unpack(key)[0], value[8:].decode(), _scan_tail.unpack_from(value)[0]
+def split_due_key(key: bytes) -> tuple[int, bytes, int | None]:
+    """(step, user, behind)"""
+    step, user = _due.unpack_from(key)
+    return step, user, None if len(key) == _due.size else _scan_tail.unpack_from(key, _due.size)[0]

@@ -6,6 +6,7 @@ it. A store belongs to one incarnation of one topic; it refuses any other, and s
 """
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -14,7 +15,7 @@ from streamgr.errors import ConfigError, DataError
 from streamgr.state import codec
 from streamgr.state.rocks import Batch, Database, Memory
 
-SCHEMA = 1
+SCHEMA = 2
 FAMILIES = {"events": codec.UID_BYTES, "users": 0, "items": 0, "due": 0, "state": 0}
 
 
@@ -30,6 +31,7 @@ class Meta(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str
     actions: tuple[str, ...]
     window_ms: int
+    keep_ms: int = 0
     emits: bool
 
 
@@ -113,23 +115,38 @@ class Store:
 
     def events(self, user: bytes, before: int | None = None) -> Iterator[tuple[int, int, codec.Stored]]:
         """(time, kind, event) of one user, newest first (unordered within a millisecond), with time < `before`."""
+        for _, time, kind, event in self.stored(user, before):
+            yield time, kind, event
+
+    def stored(self, user: bytes, before: int | None = None) -> Iterator[tuple[bytes, int, int, codec.Stored]]:
+        """(key, time, kind, event), as `events`."""
         if before is not None and before <= 0:
             return
         for key, value in self.database.scan_prefix("events", codec.scan_key(user, before)):
-            time, kind = codec.split_event_key(key)
-            yield time, kind, codec.decode_event(value)
+            yield key, *codec.split_event_key(key), codec.decode_event(value)
 
-    def event(self, key: bytes) -> codec.Stored | None:
-        value = self.database.get("events", key)
-        return None if value is None else codec.decode_event(value)
+    def count(self, user: bytes, limit: int) -> int:
+        """How many events a user has, counted up to `limit`."""
+        return sum(1 for _ in islice(self.database.scan_prefix("events", user), limit))
 
-    def has_user(self, user: str) -> bool:
-        """Whether the user is known. Raises `DataError` should two users share a key."""
-        return self._text("users", codec.uid(user), user) is not None
+    def has_event(self, key: bytes) -> bool:
+        return self.database.get("events", key) is not None
 
-    def has_item(self, key: int, item: str) -> bool:
-        """Whether the item's text is known. Raises `DataError` should two items share a key."""
-        return self._text("items", codec.item_bytes(key), item) is not None
+    def has_user(self, uid: bytes, user: str) -> bool:
+        """Whether the user is known; `uid` is his key. Raises `DataError` should two users share it."""
+        known = self.user_text(uid)
+        if known is not None and known != user:
+            raise DataError(
+                f"users {known!r} and {user!r} share the key {uid.hex()}",
+                where=str(self.path),
+                remedy="rename one of them at its source: their sequences would mix",
+            )
+        return known is not None
+
+    def user_text(self, uid: bytes) -> str | None:
+        """The user behind a key; None if there is none."""
+        value = self.database.get("users", uid)
+        return None if value is None else value.decode()
 
     def item_text(self, key: int) -> str | None:
         value = self.database.get("items", codec.item_bytes(key))
@@ -144,14 +161,15 @@ class Store:
         for _, text in self.database.scan("users"):
             yield text.decode()
 
-    def due(self) -> Iterator[tuple[int, str, int]]:
-        """(step, user, time of the oldest event that waits) of all open labels, by step."""
-        for key, value in self.database.scan("due"):
-            yield codec.decode_due(key, value)
+    def user_keys(self, start: bytes) -> Iterator[bytes]:
+        """Every user's key from `start` on, ascending."""
+        for key, _ in self.database.scan("users", start):
+            yield key
 
-    def items_known(self) -> int:
-        """About how many items have a text."""
-        return self.database.estimated_keys("items")
+    def due(self, after: int) -> Iterator[tuple[bytes, int, bytes, int | None]]:
+        """(key, step, user's key, behind) of the open labels that close at a step later than `after`, by step."""
+        for key, _ in self.database.scan("due", codec.due_key(after + 1)):
+            yield key, *codec.split_due_key(key)
 
     def sync(self) -> None:
         """What is written survives a power failure from now on."""
@@ -159,18 +177,6 @@ class Store:
 
     def close(self) -> None:
         self.database.close()
-
-    def _text(self, family: str, key: bytes, text: str) -> str | None:
-        value = self.database.get(family, key)
-        if value is None:
-            return None
-        if value.decode() != text:
-            raise DataError(
-                f"{family}: {value.decode()!r} and {text!r} share the key {key.hex()}",
-                where=str(self.path),
-                remedy="rename one of them at its source: their sequences would mix",
-            )
-        return text
 
     def _damaged(self, what: str, error: msgspec.DecodeError) -> DataError:
         return DataError(

@@ -15,16 +15,15 @@ from hypothesis import strategies as st
 
 from streamgr import config
 from streamgr.errors import DataError
-from streamgr.events import IMPRESSION, Record, item_key
+from streamgr.events import IMPRESSION, Record, Records, item_key
 from streamgr.sequence import examples as wire
-from streamgr.sequence import partition as module
-from streamgr.sequence import views
+from streamgr.sequence import items, views
 from streamgr.sequence.origin import fingerprint
 from streamgr.sequence.partition import Partition
 from streamgr.state.rocks import Memory
 from streamgr.state.store import Meta, Store
 from tests.oracle import Oracle
-from tests.streams import events
+from tests.streams import columns, events
 
 Json = dict[str, Any]
 MEMORY = Memory(config.State(cache_bytes=1 << 20, write_buffer_bytes=4 << 20))
@@ -34,7 +33,7 @@ FAST = config.Sequence(
     lateness_seconds=0.05,
     close_step_seconds=0.01,
     history_length=4,
-    cached_users=1,
+    cached_events=1,
 )
 META = Meta(
     cluster_id="c", topic_id="t", topic="e", partition=0, partitions=1, fingerprint="f", actions=ACTIONS,
@@ -43,7 +42,7 @@ META = Meta(
 BATCHES = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-def records(rows: Sequence[Json], append_ms: int = 10_000) -> list[Record]:
+def records(rows: Sequence[Json], append_ms: int = 10_000) -> Records:
     """One partition's log of events, {"erase": user}, heartbeats, and anything broken."""
     log = []
     for offset, row in enumerate(rows):
@@ -52,7 +51,7 @@ def records(rows: Sequence[Json], append_ms: int = 10_000) -> list[Record]:
         if "erase" in row:
             key, value = row["erase"].encode(), None
         log.append(Record("e", 0, offset, key, value, append_ms + offset))
-    return log
+    return columns(log)
 
 
 @contextmanager
@@ -81,14 +80,18 @@ class Run:
         store.claim(META)
         return store
 
-    def apply(self, log: Sequence[Record]) -> None:
-        out = self.partition.apply(log)
-        for example in out.examples:
-            assert self.outputs.setdefault(example.position, wire.encode(example)) == wire.encode(example)
-            self.order.append(example)
+    def apply(self, log: Records) -> None:
+        out = self.partition.apply(log, self.take)
         self.dead |= {record.offset: bad.reason for record, bad in out.dead_letters}
         self.duplicates += out.duplicates
         self.late += out.late
+
+    def take(self, key: bytes, value: bytes) -> None:
+        example = wire.decode(value)
+        assert isinstance(example, wire.Example)
+        assert (key, wire.encode(example)) == (example.user.encode(), value)
+        assert self.outputs.setdefault(example.position, value) == value
+        self.order.append(example)
 
     def crash(self, *, reopen: bool = True) -> None:
         """All that was not committed is gone."""
@@ -134,16 +137,16 @@ STREAM = st.lists(st.one_of(EVENT, EVENT, EVENT, EVENT, EVENT, HEARTBEAT, ERASUR
 CUTS = st.lists(st.tuples(st.integers(1, 12), st.sampled_from(["on", "commit", "crash"])), max_size=30)
 
 
-def drive(run: Run, log: Sequence[Record], cuts: Sequence[tuple[int, str]]) -> None:
+def drive(run: Run, log: Records, cuts: Sequence[tuple[int, str]]) -> None:
     """Apply the whole log, cut and broken as told; then all that is left, in one batch."""
     for size, then in cuts:
         at = run.partition.next_offset
-        run.apply(log[at : at + size])
+        run.apply(log.between(at, at + size))
         if then == "commit":
             run.partition.commit()
         elif then == "crash":
             run.crash(reopen=False)
-    run.apply(log[run.partition.next_offset :])
+    run.apply(log)
 
 
 @BATCHES
@@ -158,7 +161,7 @@ def test_batches_commits_and_crashes_change_nothing(rows: list[Json], cuts: list
         assert broken.dead == whole.dead
         assert broken.exported() == whole.exported()
         assert broken.partition.open_impressions == whole.partition.open_impressions == 0
-        assert list(broken.store.due()) == []
+        assert list(broken.store.due(-1)) == []
         assert broken.store.progress == whole.store.progress
         for run in (whole, broken):
             run.store.close()
@@ -230,7 +233,7 @@ def test_disorder_within_the_lateness_changes_no_join_and_no_label(rows: list[Js
 def test_every_output_names_the_one_before(tmp_path: Path) -> None:
     run = Run(tmp_path)
     for start in range(0, 900, 50):
-        run.apply(records(events(5, 900, span_ms=9_000), append_ms=1_700_000_100_000)[start : start + 50])
+        run.apply(records(events(5, 900, span_ms=9_000), append_ms=1_700_000_100_000).between(start, start + 50))
         run.partition.commit()
         if start % 200 == 0:
             run.crash()
@@ -271,11 +274,11 @@ def test_the_same_event_again_changes_nothing_even_much_later(tmp_path: Path) ->
     run.apply(records([first, {**first, "item_id": "another item"}, {**first, "type": "like"}]))
     run.partition.commit()
     rest = [{**first, "event_id": f"n{k}", "event_time": 1_000 + k} for k in range(50)]
-    run.apply(records([first] * 3 + rest + [first])[3:])
+    run.apply(records([first] * 3 + rest + [first]))
     run.partition.commit()
     run.crash()
     before = run.store.progress.seen
-    run.apply(records([first] * 54 + [first, {**first, "type": "profile"}, {**first, "type": "profile"}])[54:])
+    run.apply(records([first] * 54 + [first, {**first, "type": "profile"}, {**first, "type": "profile"}]))
     assert run.duplicates == 4
     assert run.partition.newest_event_ms == before
     assert [e["event_id"] for e in run.exported()[0]["events"][:3]] == ["e", "e", "e"]  # profile, click, like
@@ -339,13 +342,13 @@ def test_an_old_organic_action_gets_the_window_of_its_own_time(tmp_path: Path) -
     for crash in (False, True):
         run = Run(tmp_path / str(crash))
         for start in range(0, 46, 5):
-            run.apply(log[start : min(start + 5, 46)])
+            run.apply(log.between(start, min(start + 5, 46)))
             run.partition.commit()
-        run.apply(log[46:47])
+        run.apply(log.between(46, 47))
         run.partition.commit()
         if crash:
             run.crash()
-        run.apply(log[47:])
+        run.apply(log)
         by_last = {e.target_events[-1]: e for e in run.order}
         assert by_last["late"].history.items.tolist() == [item_key(i) for i in ("x0", "x1", "x2", "z")]
 
@@ -354,8 +357,8 @@ def test_a_follower_keeps_the_same_sequences_and_emits_nothing(tmp_path: Path) -
     log = records(events(6, 800, span_ms=9_000), append_ms=1_700_000_100_000)
     leader, follower = Run(tmp_path / "a"), Run(tmp_path / "b", emits=False)
     for start in range(0, len(log), 100):
-        leader.apply(log[start : start + 100])
-        follower.apply(log[start : start + 100])
+        leader.apply(log.between(start, start + 100))
+        follower.apply(log.between(start, start + 100))
         for run in (leader, follower):
             run.partition.commit()
         for user in ("u0", "u1", "u7"):
@@ -367,7 +370,7 @@ def test_a_follower_keeps_the_same_sequences_and_emits_nothing(tmp_path: Path) -
                 assert (seen[0].times < 1_700_000_003_000).all()
     assert leader.outputs
     assert not follower.outputs
-    assert list(follower.store.due()) == []
+    assert list(follower.store.due(-1)) == []
     assert leader.exported() == follower.exported()
 
 
@@ -401,15 +404,14 @@ def test_an_erased_user_leaves_nothing_and_may_come_back(tmp_path: Path) -> None
     run = Run(tmp_path)
     run.apply(records([shown, {**shown, "event_id": "f", "user_id": "v"}]))
     run.partition.commit()
-    run.apply(records([shown, shown, {"erase": "u"}])[2:])
+    run.apply(records([shown, shown, {"erase": "u"}]))
     assert not run.partition.knows("u")
     assert run.partition.history("u", 10_000, 10) is None
     assert run.partition.open_impressions == 1
-    run.apply(records([shown] * 3 + [shown])[3:])  # the same event is a new one now
-    run.apply(records([shown] * 4 + [{"erase": "u"}])[4:])
+    run.apply(records([shown] * 3 + [shown]))  # the same event is a new one now
+    run.apply(records([shown] * 4 + [{"erase": "u"}]))
     run.partition.commit()
     assert list(run.store.users()) == ["v"]
-    assert [user for _, user, _ in run.store.due()] == ["v"]
     assert len(list(run.store.database.scan("events"))) == 1
     assert run.duplicates == 0
 
@@ -422,7 +424,7 @@ def test_what_comes_again_after_an_erasure_is_new_wherever_the_commits_fall(kind
     for commits in (1, 2, 3, 4, 5):
         run = Run(tmp_path / str(commits))
         for start in range(0, len(rows), commits):
-            run.apply(records(rows[: start + commits])[start:])
+            run.apply(records(rows[: start + commits]))
             run.partition.commit()
         assert run.duplicates == 2
         shown.append(run.exported())
@@ -430,13 +432,13 @@ def test_what_comes_again_after_an_erasure_is_new_wherever_the_commits_fall(kind
 
 
 def test_two_items_under_one_key_stop_the_work_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "item_key", lambda text: 7)
+    monkeypatch.setattr(items, "item_key", lambda text: 7)
     row = {"type": "like", "event_id": "e", "user_id": "u", "item_id": "x", "event_time": 1}
     run = Run(tmp_path)
     run.apply(records([row]))
     for _ in range(2):
         with pytest.raises(DataError, match="'x' and 'y' share the key"):
-            run.apply(records([row, {**row, "event_id": "f", "item_id": "y"}])[1:])
+            run.apply(records([row, {**row, "event_id": "f", "item_id": "y"}]))
         run.partition.commit()
         run.crash()
 
@@ -450,13 +452,14 @@ def test_the_fingerprint_knows_every_setting_that_decides_what_is_emitted() -> N
         {"close_step_seconds": 0.02},
         {"max_step_seconds": 1.0},
         {"history_length": 5},
+        {"keep_seconds": 60.0},
         {"actions": ("like", "click")},
     ]
     seen = {base, fingerprint("d", "t", FAST), fingerprint("c", "u", FAST)}
     for fields in changed:
         seen.add(fingerprint("c", "t", config.Sequence(**{**_fields(FAST), **fields})))
     assert len(seen) == 3 + len(changed)
-    for fields in ({"cached_users": 7}, {"commit_interval_seconds": 5.0}, {"heartbeat_seconds": 1.0}):
+    for fields in ({"cached_events": 7}, {"commit_interval_seconds": 5.0}, {"heartbeat_seconds": 1.0}):
         assert fingerprint("c", "t", config.Sequence(**{**_fields(FAST), **fields})) == base
 
 

@@ -13,7 +13,7 @@ from streamgr.config import Config, Model, Scorer, State, Table
 from streamgr.config import Sequence as SequenceSettings
 from streamgr.events import IMPRESSION, History, Record
 from streamgr.model.tokens import request_times
-from streamgr.sequence.examples import Example
+from streamgr.sequence.examples import Example, decode
 from streamgr.sequence.partition import Partition
 from streamgr.serve.model import LiveWeights
 from streamgr.serve.ranker import Ranker
@@ -23,7 +23,7 @@ from streamgr.state.store import Meta, Store
 from streamgr.train.batch import assemble
 from streamgr.train.learner import Learner
 from tests.serve.kit import ACTIONS, Weights, log_and_clock
-from tests.streams import START, events, row
+from tests.streams import START, columns, events, row
 
 
 class OnePartition:
@@ -84,7 +84,9 @@ def test_the_trainers_prediction_is_the_scorers_answer(config: Config, tmp_path:
                      "event_time": START + 90_000})  # fmt: skip
     for offset, event in enumerate(arriving):
         key, value, _ = row(event)
-        examples = partition.apply([Record("t.events", 0, offset, key, value, START + 100_000)]).examples
+        examples: list[Example] = []
+        arrived = columns([Record("t.events", 0, offset, key, value, START + 100_000)])
+        partition.apply(arrived, lambda _, example, to=examples: to.append(decode(example)))  # type: ignore[misc]
         if not examples:
             continue
         rows = None if live.version is None else learner.table.changed_since(since)

@@ -69,33 +69,36 @@ def test_state_and_progress_are_written_together(store: Store) -> None:
     batch = store.batch()
     batch.put("users", codec.uid("u"), b"u")
     progress = Progress(7, 100, 90, (6, 1), 123, 4)
-    assert (store.progress, store.has_user("u")) == (Progress(), False)
+    assert (store.progress, store.has_user(codec.uid("u"), "u")) == (Progress(), False)
     store.write(batch, progress)
     store.close()
     again = Store(store.path, MEMORY, read_only=True)
-    assert (again.progress, again.has_user("u"), list(again.users())) == (progress, True, ["u"])
+    assert (again.progress, again.user_text(codec.uid("u")), list(again.users())) == (progress, "u", ["u"])
+    assert list(again.user_keys(b"")) == [codec.uid("u")]
+    assert list(again.user_keys(codec.uid("u") + b"\0")) == []
 
 
-def test_texts_that_share_a_key_are_an_error_that_names_both(store: Store) -> None:
+def test_two_users_who_share_a_key_are_an_error_that_names_both(store: Store) -> None:
     batch = store.batch()
-    batch.put("items", codec.item_bytes(5), b"apple")
+    batch.put("users", codec.uid("u"), b"apple")
+    batch.put("items", codec.item_bytes(5), b"pear")
     store.write(batch, Progress())
-    assert store.has_item(5, "apple")
-    assert not store.has_item(6, "pear")
-    with pytest.raises(DataError, match=r"'apple' and 'pear' share the key"):
-        store.has_item(5, "pear")
-    assert store.item_texts([6, 5]) == [None, "apple"]
+    assert store.has_user(codec.uid("u"), "apple")
+    assert not store.has_user(codec.uid("v"), "apple")
+    with pytest.raises(DataError, match=r"'apple' and 'u' share the key"):
+        store.has_user(codec.uid("u"), "u")
+    assert store.item_texts([6, 5]) == [None, "pear"]
 
 
 def test_a_newer_schema_and_damage_are_refused(store: Store) -> None:
     batch = store.batch()
-    batch.put("state", b"meta", msgspec.json.encode(changed(schema=2)))
+    batch.put("state", b"meta", msgspec.json.encode(changed(schema=3)))
     store.database.write(batch)
     store.close()
-    with pytest.raises(DataError, match=r"schema 2.*remedy"):
+    with pytest.raises(DataError, match=r"schema 3.*remedy"):
         Store(store.path, MEMORY)
     database = Store.__new__(Store)
-    with pytest.raises(DataError, match="schema 2"):  # it was closed: no lock is left behind
+    with pytest.raises(DataError, match="schema 3"):  # it was closed: no lock is left behind
         database.__init__(store.path, MEMORY)  # type: ignore[misc]
 
 
