@@ -7,7 +7,7 @@ a process share one hyper-clock block cache (an LRU's shards are smaller than a 
 on every look-up) and one write buffer budget.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -16,6 +16,7 @@ from rocksdict import (
     AccessType,
     BlockBasedOptions,
     Cache,
+    Checkpoint,
     ColumnFamily,
     DBCompressionType,
     Options,
@@ -50,6 +51,11 @@ class Batch:
 
     def put(self, family: str, key: bytes, value: bytes) -> None:
         self._batch.put(key, value, self._families[family])
+
+    def put_all(self, family: str, pairs: Iterable[tuple[bytes, bytes]]) -> None:
+        put, handle = self._batch.put, self._families[family]
+        for key, value in pairs:
+            put(key, value, handle)
 
     def delete(self, family: str, key: bytes) -> None:
         self._batch.delete(key, self._families[family])
@@ -108,14 +114,10 @@ class Database:
         with self._named():
             yield from self._families[family].items(from_key=start, read_opt=self._within_prefix)
 
-    def scan(self, family: str) -> Iterator[tuple[bytes, bytes]]:
-        """Every key, ascending."""
+    def scan(self, family: str, start: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
+        """Every key, or every one from `start` on, ascending."""
         with self._named():
-            yield from self._families[family].items(read_opt=self._everything)
-
-    def estimated_keys(self, family: str) -> int:
-        """About how many keys there are (overwritten ones may count twice)."""
-        return self._families[family].property_int_value("rocksdb.estimate-num-keys") or 0
+            yield from self._families[family].items(from_key=start, read_opt=self._everything)
 
     def batch(self) -> Batch:
         return Batch(self._handles)
@@ -128,6 +130,17 @@ class Database:
     def sync(self) -> None:
         with self._named():
             self._db.flush_wal(True)
+
+    def checkpoint(self, directory: Path) -> None:
+        """All that is written so far, as a database of its own in `directory`, which must not exist yet.
+
+        It shares the immutable files by hard links, so it lies on the same file system. Raises as `write` does.
+        """
+        with self._named():
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            for family in self._families.values():
+                family.flush()  # lets other threads run; the checkpoint, which would do it too, does not
+            Checkpoint(self._db).create_checkpoint(str(directory))
 
     def close(self) -> None:
         """Release the lock. Nothing of this database may be used afterwards."""
