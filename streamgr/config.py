@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from streamgr.clock import milliseconds
 from streamgr.errors import ConfigError
 
 ENV_PREFIX = "STREAMGR_"
@@ -47,6 +48,9 @@ class State(Section, frozen=True):
     cache_bytes: Count = 128 << 20
     write_buffer_bytes: Count = 32 << 20
     sync_seconds: Seconds = 1.0
+    snapshots_directory: str = ""  # shared by all workers; "": none are taken
+    snapshot_seconds: Positive = 600.0  # from one snapshot of a partition to its next
+    snapshots_kept: Count = 2
 
 
 class Sequence(Section, frozen=True):
@@ -60,6 +64,7 @@ class Sequence(Section, frozen=True):
     max_future_seconds: Seconds = 60.0
     max_step_seconds: Seconds = 0.0  # 0: the watermark may jump; replays of old logs: 86400
     heartbeat_seconds: Seconds = 0.0  # 0: somebody else sends them, or nobody
+    drain_seconds: Positive = 25.0  # told to stop: so long for the last commit and the hand-over
     cached_events: Count = 1_000_000  # decoded events at hand, all users of a process together
 
     def __post_init__(self) -> None:
@@ -68,7 +73,7 @@ class Sequence(Section, frozen=True):
         if reserved := {"impression", "profile", "heartbeat"} & set(self.actions):
             raise ValueError(f"`actions` may not contain the reserved {sorted(reserved)}")
         least = self.attribution_window_seconds + self.lateness_seconds + self.close_step_seconds
-        if 0 < self.keep_seconds < least:
+        if 0 < milliseconds(self.keep_seconds) < milliseconds(least):
             raise ValueError(f"`keep_seconds` must be at least window + lateness + step ({least:g}), or 0 to keep all")
 
 

@@ -30,6 +30,14 @@ class DataError(StreamgrError):
     exit_code = 65
 
 
+class Damaged(DataError):
+    """A store's files are not what was written to them. Operator action: the one remedy below."""
+
+    def __init__(self, what: str, *, where: str = "") -> None:
+        remedy = "start the role again: it sets the store aside and rebuilds it from a snapshot or from the log"
+        super().__init__(what, where=where, remedy=remedy)
+
+
 class OutputsMissing(DataError):
     """An example names a predecessor that was never seen: outputs are gone or retention has passed.
 

@@ -13,12 +13,12 @@ from streamgr.errors import RetentionPassed
 from streamgr.events import History
 from streamgr.kafka.consumer import Consumer
 from streamgr.kafka.topics import identity
-from streamgr.sequence import origin, views
+from streamgr.sequence import views
+from streamgr.sequence.opening import Opener
 from streamgr.sequence.partition import Partition
+from streamgr.sequence.replay import Replay
 from streamgr.sequence.tail import Tail
 from streamgr.service import Stop
-from streamgr.state.rocks import Memory
-from streamgr.state.store import Store, partition_directory
 from streamgr.telemetry import Log
 
 BITE = 100  # records applied under one hold of the lock
@@ -45,6 +45,9 @@ class Follower:
         self._config, self._clock, self._log, self._role = config, clock, log, role
         self._topic = config.topic("events")
         self._consumer = Consumer(config.kafka, client_id=f"{role}-follower", log=log, stop=stop)
+        stop = Stop() if stop is None else stop
+        self._opener = Opener(config, clock, log, stop, role=role, emits=False)
+        self._replay = Replay(clock, log)
         self._followed: dict[int, Followed] = {}
         self._committed = self._synced = self._looked = clock.monotonic()
         self._ready = False
@@ -55,22 +58,13 @@ class Follower:
         Raises `TryAgain` where another process holds one, `ConfigError` where one belongs to another log.
         """
         numbers = self._consumer.partitions(self._topic)
-        topic, settings = identity(self._config.kafka, self._topic), self._config.sequence
-        memory = Memory(self._config.state)
+        topic = identity(self._config.kafka, self._topic)
         for number in numbers:
-            store = Store(partition_directory(self._config.role_directory(self._role), number), memory)
-            try:
-                meta = origin.meta(topic, self._topic, number, settings, emits=False)
-                store.claim(meta)
-                partition = Partition(store, settings, meta.fingerprint, emits=False)
-            except BaseException:
-                store.close()
-                raise
-            low, end = self._consumer.bounds(self._topic, number)
-            if store.progress.next_offset == 0 and low:
-                self._log.warning("log_cut", "sequences start where the log does", partition=number, offset=low)
-                partition.start_at(low)
-            self._followed[number] = Followed(partition, partition.next_offset, end)
+            opened = self._opener.open(number, self._consumer, topic, lock_seconds=0.0)
+            partition = opened.partition
+            partition.cache(self._config.sequence.cached_events // len(numbers))
+            self._followed[number] = Followed(partition, partition.next_offset, opened.end)
+            self._replay.opened(number, partition, opened.end)
         self._consumer.assign({(self._topic, n): f.start for n, f in self._followed.items()})
         self._log.info("following", partitions=numbers, behind=self._behind())
 
@@ -171,3 +165,4 @@ class Follower:
                     followed.partition.commit()
             if sync:
                 followed.partition.store.sync()
+        self._replay.look({number: followed.partition for number, followed in self._followed.items()})

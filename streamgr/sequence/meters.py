@@ -15,6 +15,7 @@ TARGETS = counter("targets", "Targets in them.")
 OPEN = gauge("open_impressions", "Impressions whose label has not closed.")
 TO_SEQUENCE = histogram("event_to_sequence_seconds", "Broker append to written, oldest and newest record of a commit.")
 AGE_AT_APPEND = histogram("event_age_at_append_seconds", "Event time to broker append, first and last of a batch.")
+DISK = gauge("state_bytes", "What the stores of the partitions take on the disk.")
 COMMIT = histogram("commit_duration_seconds", "Outputs confirmed and state written.", buckets=DURATION_BUCKETS)
 
 REASONS = ["invalid_json", "not_an_object", "missing_field", "wrong_type", "out_of_range", "unknown_type", "bad_time"]
@@ -57,3 +58,8 @@ def state(topic: str, partitions: Collection[Partition]) -> None:
     OPEN.set(sum(p.open_impressions for p in partitions))
     if marks := [p.watermark for p in partitions if p.watermark is not None]:
         WATERMARK.labels(topic).set(min(marks) / 1000)
+
+
+def disk(partitions: Collection[Partition]) -> None:
+    """What is on the disk, as often as it is synced."""
+    DISK.set(sum(p.store.database.size_bytes() for p in partitions))

@@ -1,4 +1,9 @@
-"""What a store was made from: whose log it is, and what decides what is emitted for that log (decision 4)."""
+"""What a store was made from: whose log it is, and what decides what is emitted for that log (decision 4).
+
+The fingerprint of the settings stands in the store and in every output. Where settings changed in the middle of a log
+it also says since which offset they hold ("face@1200"): whoever starts from before that would answer again, and
+differently, what has been answered under the old ones.
+"""
 
 from hashlib import blake2b
 
@@ -13,8 +18,8 @@ EMISSION = 2  # what is emitted for the same records; a change of it changes the
 LABELS = "kinds joined within the window, at its close"
 
 
-def fingerprint(cluster_id: str, topic_id: str, settings: config.Sequence) -> str:
-    """16 hex digits over everything that decides what is emitted for a log."""
+def fingerprint(cluster_id: str, topic_id: str, settings: config.Sequence, since: int = 0) -> str:
+    """16 hex digits over everything that decides what is emitted for a log, and since which offset it does."""
     parts = (
         cluster_id,
         topic_id,
@@ -29,10 +34,19 @@ def fingerprint(cluster_id: str, topic_id: str, settings: config.Sequence) -> st
         settings.actions,
         EMISSION,
     )
-    return blake2b(msgspec.json.encode(parts), digest_size=8).hexdigest()
+    digest = blake2b(msgspec.json.encode(parts), digest_size=8).hexdigest()
+    return f"{digest}@{since}" if since else digest
 
 
-def meta(identity: Identity, topic: str, partition: int, settings: config.Sequence, *, emits: bool) -> Meta:
+def settled(fingerprint: str) -> tuple[str, int]:
+    """(the settings' digest, since which offset they hold)"""
+    digest, _, since = fingerprint.partition("@")
+    return digest, int(since) if since.isdigit() else 0
+
+
+def meta(
+    identity: Identity, topic: str, partition: int, settings: config.Sequence, *, emits: bool, fingerprint: str
+) -> Meta:
     """What the store of one partition of `topic` is bound to. `emits`: false for a follower."""
     return Meta(
         cluster_id=identity.cluster_id,
@@ -40,7 +54,7 @@ def meta(identity: Identity, topic: str, partition: int, settings: config.Sequen
         topic=topic,
         partition=partition,
         partitions=identity.partitions,
-        fingerprint=fingerprint(identity.cluster_id, identity.topic_id, settings),
+        fingerprint=fingerprint,
         actions=tuple(settings.actions),
         window_ms=milliseconds(settings.attribution_window_seconds),
         keep_ms=milliseconds(settings.keep_seconds),

@@ -101,7 +101,7 @@ class Partition:
         if emits:
             self._users.closed = -1 if p.watermark is None else p.watermark
         # A slate is taken whole where the watermark cannot come near it: what its first record closes is older than it.
-        self._slates = lateness > 0 and settings.max_step_seconds == 0
+        self.slates = lateness > 0 and settings.max_step_seconds == 0
         self._asked = "", 0  # the last request's text and key
         self._begin()
 
@@ -147,7 +147,7 @@ class Partition:
             i += 1
             if type(outcome) is Event:
                 time, taken = outcome.time, 0
-                if outcome.kind == IMPRESSION and self._slates:
+                if outcome.kind == IMPRESSION and self.slates:
                     end = _slate(outcomes, i)
                     if end > i and self._take_slate(outcomes[i - 1 : end], records, i - 1):  # type: ignore[arg-type]
                         taken, i = end - i + 1, end
@@ -279,7 +279,7 @@ class Partition:
         return self._asked[1]
 
     def _schedule(self, uid: bytes, tail: Tail, due: int, behind: int | None) -> None:
-        """Look at the user when the watermark reaches `due`; behind: the time of an event that it has passed already."""
+        """Look at the user when the watermark reaches `due`. behind: time of an event that it has passed already."""
         if not self._emits:
             return
         step = self._watermark.step_of(due)
@@ -355,8 +355,8 @@ class Partition:
             self._users.cover(uid, tail, first if behind is None else min(behind, first), self._history)
             found = join.targets(tail, lower, upto, self._window, behind=behind, oldest=oldest)
             for chunk in join.chunks(found.rows, self._history):
-                position = (offset, n)
-                example = self._example(tail, found.rows[chunk], found.labels[chunk], position, oldest, append_ms)
+                rows, labels = found.rows[chunk], found.labels[chunk]
+                example = self._example(tail, rows, labels, position=(offset, n), oldest=oldest, append_ms=append_ms)
                 emit(tail.user.encode(), wire.encode(example))
                 n += 1
             out.targets += len(found.rows)
@@ -365,7 +365,7 @@ class Partition:
         self._users.closed = upto
 
     def _example(
-        self, tail: Tail, rows: list[int], labels: list[int], position: wire.Position, oldest: int, append_ms: int
+        self, tail: Tail, rows: list[int], labels: list[int], *, position: wire.Position, oldest: int, append_ms: int
     ) -> wire.WireExample:
         """What the closing of these rows teaches, with the window that ends with them."""
         end = rows[-1] + 1

@@ -16,28 +16,26 @@ Progress is the store's own offset: on assignment the consumer starts there. Whe
 committed and closed; when it is lost, it is closed as it is, for somebody else may already be at work.
 """
 
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 
 from streamgr.clock import Clock, Deadline
 from streamgr.config import Config
-from streamgr.errors import ConfigError, RetentionPassed, TryAgain
+from streamgr.errors import TryAgain
 from streamgr.events import Records, heartbeat
 from streamgr.kafka.consumer import Consumer
 from streamgr.kafka.producer import Producer
 from streamgr.kafka.topics import Identity, identity
 from streamgr.sequence import examples as wire
-from streamgr.sequence import meters, origin
+from streamgr.sequence import meters
+from streamgr.sequence.opening import Opener
 from streamgr.sequence.partition import Partition
+from streamgr.sequence.replay import Replay
+from streamgr.sequence.schedule import Schedule
 from streamgr.service import Stop
-from streamgr.state.rocks import Memory
-from streamgr.state.store import Store, partition_directory
 from streamgr.telemetry import Health, Log
 
 ROLE = "sequencer"
 LOCK_SECONDS = 30.0  # how long a new owner waits for the old one's lock
-LAST_OUTPUT_SECONDS = 30.0
 PROGRESS_SECONDS = 1.0
 CONFIRM_SECONDS = 5.0  # one wait for acknowledgements; then say that we live, and go on waiting
 
@@ -58,17 +56,29 @@ class Sequencer:
     ) -> None:
         """`rebuild`: start every partition from an empty store. `accept_loss`: though its log lacks the start."""
         self._config, self._clock, self._log, self._health, self._stop = config, clock, log, health, stop
-        self._rebuild, self._accept_loss = rebuild, accept_loss
         self._events, self._examples = config.topic("events"), config.topic("examples")
         self._letters = config.topic("dead-letters")
-        self._memory = Memory(config.state)
+        self._opener = Opener(
+            config,
+            clock,
+            log,
+            stop,
+            role=ROLE,
+            emits=True,
+            rebuild=rebuild,
+            accept_loss=accept_loss,
+            waiting=health.turned,
+        )
+        snapshots = self._opener.snapshots
+        self._schedule = None if snapshots is None else Schedule(config.state, snapshots, clock, log)
+        self._replay = Replay(clock, log)
         self._partitions: dict[int, Partition] = {}
-        self._rebuilt: set[int] = set()
         self._spans: dict[int, list[int]] = {}  # partition -> append times (ms) of the uncommitted, oldest and newest
         self._told: dict[int, tuple[int, float]] = {}  # partition -> (offset, when) of the last progress record
         self._committed = self._synced = self._beaten = clock.monotonic()
         self._lock_seconds = LOCK_SECONDS
         self._identity = Identity("", "", 0)
+        self._deadline: Deadline | None = None  # of the drain
         meters.prepare(config.sequence.actions)
         health.hold("partitions", "none assigned yet")
 
@@ -117,8 +127,16 @@ class Sequencer:
     def _leave(self, consumer: Consumer, producer: Producer) -> None:
         """Let go of everything. What was not committed is read again by the next owner."""
         self._lost(list(self._partitions))
+        if self._schedule is not None:
+            self._schedule.close(self._drain())
         producer.close()
         consumer.close()
+
+    def _drain(self) -> Deadline:
+        """Until when we must have left, counted from when we were told to."""
+        if self._deadline is None:
+            self._deadline = Deadline(self._clock, self._config.sequence.drain_seconds)
+        return self._deadline
 
     def _turn(self, consumer: Consumer, producer: Producer, ends: Mapping[int, int] | None = None) -> None:
         """Poll, apply, produce; commit when it is time."""
@@ -167,19 +185,24 @@ class Sequencer:
             meters.written(self._clock.now_ms(), self._spans.values(), self._clock.monotonic() - now)
             self._spans.clear()
         meters.state(self._events, self._partitions.values())
+        self._replay.look(self._partitions)
+        if self._schedule is not None and not final:
+            self._schedule.turn(self._partitions)
         if final or now - self._synced >= self._config.state.sync_seconds:
             self._synced = now
             for partition in self._partitions.values():
                 partition.store.sync()
+            meters.disk(self._partitions.values())
             consumer.commit({(self._events, n): p.store.progress.next_offset for n, p in self._partitions.items()})
 
     def _confirm(self, producer: Producer) -> None:
-        """Step 3, for as long as the broker is away; the role lives meanwhile."""
+        """Step 3, for as long as the broker is away (told to stop: for as long as the drain may last)."""
         while True:
+            seconds = min(CONFIRM_SECONDS, self._drain().remaining()) if self._stop else CONFIRM_SECONDS
             try:
-                return producer.confirm(CONFIRM_SECONDS)
+                return producer.confirm(seconds)
             except TryAgain:
-                if self._stop:
+                if self._stop and self._drain().passed():
                     raise
                 self._health.turned()
 
@@ -206,13 +229,19 @@ class Sequencer:
     def _assigned(self, added: list[int]) -> dict[int, int]:
         """Open the partitions; the offset to go on from in each."""
         reader = Consumer(self._config.kafka, client_id=f"{ROLE}-opening", log=self._log, stop=self._stop)
+        sources: dict[int, str] = {}
         try:
             for number in added:
-                self._partitions[number] = self._open(number, reader)
+                opened = self._opener.open(number, reader, self._identity, self._lock_seconds)
+                self._partitions[number], sources[number] = opened.partition, opened.source
+                self._replay.opened(number, opened.partition, opened.end)
+                if self._schedule is not None:
+                    self._schedule.opened(number, self._identity.partitions, at_once=opened.changed)
         finally:
             reader.close()
+        self._share_cache()
         self._health.hold("partitions", "" if self._partitions else "none assigned yet")
-        self._log.info("partitions_assigned", added=added, owned=sorted(self._partitions))
+        self._log.info("partitions_assigned", added=added, opened_from=sources, owned=sorted(self._partitions))
         return {number: self._partitions[number].next_offset for number in added}
 
     def _revoked(self, removed: list[int], producer: Producer) -> None:
@@ -233,76 +262,12 @@ class Sequencer:
             self._partitions.pop(number).store.close()
             self._spans.pop(number, None)
             self._told.pop(number, None)
+            if self._schedule is not None:
+                self._schedule.closed(number)
+        self._share_cache()
         self._health.hold("partitions", "" if self._partitions else "none assigned")
         self._log.info("partitions_closed", removed=closed, owned=sorted(self._partitions))
 
-    def _open(self, number: int, reader: Consumer) -> Partition:
-        """A partition's store, checked against its log and against what was last emitted for it."""
-        settings, topic = self._config.sequence, self._identity
-        meta = origin.meta(topic, self._events, number, settings, emits=True)
-        path = partition_directory(self._config.role_directory(ROLE), number)
-        if self._rebuild and number not in self._rebuilt:
-            self._unlocked(path).close()  # nobody else is at work in it
-            shutil.rmtree(path)
-            self._rebuilt.add(number)
-        store = self._unlocked(path)
-        try:
-            self._check_outputs(store, meta.fingerprint, number, reader)
-            store.claim(meta)
-            partition = Partition(store, settings, meta.fingerprint)
-            if store.progress.next_offset == 0 and (low := reader.bounds(self._events, number)[0]):
-                if not self._accept_loss:
-                    raise RetentionPassed(
-                        f"an empty store, and the log starts at {low}",
-                        where=f"{self._events}[{number}]@0",
-                        remedy="restore a state snapshot, or accept the loss: sequencer --rebuild --accept-loss",
-                    )
-                self._log.warning("loss_accepted", "the log no longer starts at 0", partition=number, offset=low)
-                partition.start_at(low)
-        except BaseException:
-            store.close()
-            raise
-        return partition
-
-    def _unlocked(self, path: Path) -> Store:
-        """The store at `path`, as soon as its last owner has let go of it."""
-        patience = Deadline(self._clock, self._lock_seconds)
-        while True:
-            try:
-                return Store(path, self._memory)
-            except TryAgain:
-                if patience.passed() or self._stop.wait(0.05):
-                    raise
-                self._health.turned()
-
-    def _check_outputs(self, store: Store, mark: str, number: int, reader: Consumer) -> None:
-        """A changed configuration may take effect only after everything the old one has emitted (decision 4)."""
-        last = self._last_output(number, reader)
-        if last is None or last[0] == mark or last[1] < store.progress.next_offset:
-            return
-        raise ConfigError(
-            f"settings that decide what is emitted have changed (fingerprint {last[0]} to {mark}), but outputs of the "
-            f"old ones reach source offset {last[1]} and the store only {store.progress.next_offset}: some records "
-            "would get two different answers",
-            where=f"{self._events}[{number}]",
-            remedy="start once with the old settings (streamgr sequencer --until-end), then with the new ones",
-        )
-
-    def _last_output(self, number: int, reader: Consumer) -> tuple[str, int] | None:
-        """(fingerprint, source offset) of the last record in the examples' partition."""
-        low, high = reader.bounds(self._examples, number)
-        if low == high:
-            return None
-        reader.assign({(self._examples, number): high - 1})
-        patience = Deadline(self._clock, LAST_OUTPUT_SECONDS)
-        while not (records := reader.poll(1, 0.2)):
-            self._health.turned()
-            if self._stop or patience.passed():
-                raise TryAgain(
-                    "cannot read the last output",
-                    where=f"{self._examples}[{number}]@{high - 1}",
-                    remedy="start again when the broker is well",
-                )
-        output = wire.decode(records[0].value or b"")
-        offset = output.offset - 1 if isinstance(output, wire.Progress) else output.position[0]
-        return output.fingerprint, offset
+    def _share_cache(self) -> None:
+        for partition in self._partitions.values():
+            partition.cache(self._config.sequence.cached_events // len(self._partitions))

@@ -19,10 +19,11 @@ from hashlib import blake2b
 
 import msgspec
 
-from streamgr.errors import DataError
+from streamgr.errors import Damaged, DataError
 
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # what msgspec raises on damaged bytes
 VERSION = 1  # of an event's value
-UID_BYTES, EVENT_KEY_BYTES = 16, 33
+UID_BYTES, EVENT_KEY_BYTES, DUE_KEY_BYTES = 16, 33, 32
 NEVER = -1  # `due` of what is no target
 LAST_STEP = (1 << 64) - 1  # later than any
 
@@ -105,10 +106,8 @@ def decode_event(value: bytes) -> Stored:
         )
     try:
         return _decoder.decode(memoryview(value)[1:])
-    except msgspec.DecodeError as error:
-        raise DataError(
-            f"a damaged event: {error}", remedy="restore a backup, or remove the state and rebuild it from the log"
-        ) from None
+    except UNREADABLE as error:
+        raise Damaged(f"a damaged event: {error}") from None
 
 
 def item_bytes(key: int) -> bytes:

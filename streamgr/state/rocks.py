@@ -8,7 +8,7 @@ on every look-up) and one write buffer budget.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import cast
 
@@ -28,9 +28,10 @@ from rocksdict import (
 )
 
 from streamgr.config import State
-from streamgr.errors import DataError, StateNotWritable, StreamgrError, TryAgain
+from streamgr.errors import Damaged, DataError, StateNotWritable, StreamgrError, TryAgain
 
 MAX_OPEN_FILES = 256  # a database
+CONDEMNED = "DAMAGED"  # the file beside the database's own that says what was found out in use
 
 
 class Memory:
@@ -72,7 +73,7 @@ class Database:
     """One open RocksDB. `families` maps each column family to its keys' prefix length (0: no prefix scans).
 
     Raises `TryAgain` where another process holds the lock, `StateNotWritable` where the directory cannot be written,
-    `DataError` where the files are damaged or (`read_only`) absent.
+    `Damaged` where the files are damaged, `DataError` where (`read_only`) there are none.
     """
 
     def __init__(self, path: Path, memory: Memory, families: Mapping[str, int], *, read_only: bool = False) -> None:
@@ -142,12 +143,25 @@ class Database:
                 family.flush()  # lets other threads run; the checkpoint, which would do it too, does not
             Checkpoint(self._db).create_checkpoint(str(directory))
 
+    def size_bytes(self) -> int:
+        """What the files of all families take on the disk, about."""
+        sizes = (family.property_int_value("rocksdb.total-sst-files-size") for family in self._families.values())
+        return sum(size or 0 for size in sizes)
+
     def close(self) -> None:
-        """Release the lock. Nothing of this database may be used afterwards."""
+        """Release the lock; again is harmless. Nothing of this database may be used afterwards."""
+        if not self._families:
+            return
         self._families.clear()
         self._handles.clear()
         with self._named():
             self._db.close()
+
+    def condemn(self) -> None:
+        """It is damaged: whoever opens it next for writing is to know."""
+        if not self._read_only:
+            with suppress(OSError):
+                (self.path / CONDEMNED).touch()
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -156,7 +170,10 @@ class Database:
         except StreamgrError:
             raise
         except Exception as error:  # rocksdict raises nothing narrower
-            raise _named(error, self.path, self._read_only) from error
+            named = _named(error, self.path, self._read_only)
+            if isinstance(named, Damaged):
+                self.condemn()
+            raise named from error
 
 
 def _options(memory: Memory, prefix: int) -> Options:
@@ -196,10 +213,8 @@ def _named(error: Exception, path: Path, read_only: bool) -> StreamgrError:
         return TryAgain(f"its writer is moving files: {text}", where=str(path), remedy="ask again")
     if any(word in text for word in ("No space left", "Permission denied", "Read-only file system", "Disk quota")):
         return _unwritable(text, path)
-    if "Corruption" in text or "checksum" in text:
-        return DataError(
-            f"the database is damaged: {text}", where=str(path), remedy="restore a backup, or remove it and rebuild"
-        )
+    if any(word in text for word in ("Corruption", "checksum", "No such file or directory", "does not exist")):
+        return Damaged(f"the database is damaged: {text}", where=str(path))
     if "IO error" in text or "Shutdown in progress" in text or "os error" in text:
         return _unwritable(text, path)
     return StreamgrError(f"{type(error).__name__}: {text}", where=str(path), remedy="see the file LOG in it")

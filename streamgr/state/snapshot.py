@@ -3,12 +3,12 @@
     <root>/<topic>/p00003/files/<digest of the bytes>
     <root>/<topic>/p00003/<next offset>-<digest of the manifest>.json
 
-The owner takes a checkpoint between two commits: hard links beside its store, in milliseconds. Another thread copies
-to `files` what is not there yet and, last of all, writes the manifest that names them; everything is written beside its
-name, fsynced and renamed. So a reader sees a snapshot whole or not at all, and two who publish the same partition (a
-new owner, a zombie) do not disturb each other: under one digest lies one content, and state is a function of the log,
-so either's snapshot is as good. The newest few are kept. A file that none of them names goes an hour after a publisher
-last wanted it: a slow reader or another publisher may still count on it.
+The owner takes a checkpoint between two commits: hard links beside its store, in milliseconds. Another thread
+(`uploader`) copies to `files` what is not there yet and, last of all, writes the manifest that names them; everything
+is written beside its name, fsynced and renamed. So a reader sees a snapshot whole or not at all, and two who publish
+the same partition (a new owner, a zombie) do not disturb each other: under one digest lies one content, and state is a
+function of the log, so either's snapshot is as good. The newest few are kept. A file that none of them names goes an
+hour after a publisher last wanted it: a slow reader or another publisher may still count on it.
 
 A reader trusts nothing: names are checked before anything is written, sizes and digests while it is copied, and a store
 appears under its name when all of it is there. A bad snapshot is passed over for an older one. The price of having none
@@ -18,10 +18,9 @@ is time, never data: the log is read again.
 import os
 import re
 import shutil
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -30,15 +29,15 @@ from typing import BinaryIO
 
 import msgspec
 
-from streamgr.clock import Deadline
-from streamgr.errors import DataError, StateNotWritable, StreamgrError, TryAgain
+from streamgr.errors import DataError, StateNotWritable, StreamgrError
+from streamgr.files import UNFINISHED, appearing, sync_directory
 from streamgr.state.store import SCHEMA, Store, partition_directory
 
 FORMAT = 1
 KEPT = 2
 YOUNG_SECONDS = 3600.0  # what is younger is left alone
 BLOCK_BYTES = 4 << 20  # read, hashed and written at a time; other threads run meanwhile
-FILES, UNFINISHED = "files", ".tmp"
+FILES = "files"
 FILE_NAME, DIGEST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}"), re.compile(r"[0-9a-f]{64}")
 MANIFEST_NAME = re.compile(r"\d{20}-[0-9a-f]{12}\.json")
 
@@ -186,6 +185,11 @@ class Snapshots:
         snapshots.sort(key=lambda s: (s.manifest.next_offset, s.manifest.created_ms), reverse=True)
         return snapshots, refused
 
+    def forget(self, topic: str, partition: int) -> None:
+        """Make all of a partition's snapshots none: nothing is to be restored from them."""
+        for snapshot in self.find(topic, partition)[0]:
+            snapshot.path.unlink(missing_ok=True)
+
     def restore(self, snapshot: Snapshot, target: Path, between: Between = lambda: None) -> None:
         """Copy a snapshot to `target`, which must not exist or be empty: all of it, on the disk, or nothing.
 
@@ -202,9 +206,9 @@ class Snapshots:
             for file in snapshot.manifest.files:
                 _bring(snapshot.content(file), staging / file.name, file, between)
                 known[_mark(staging / file.name)] = file.digest
-            _sync_directory(staging)
+            sync_directory(staging)
             staging.rename(target)
-            _sync_directory(target.parent)
+            sync_directory(target.parent)
         except OSError as error:
             raise _unwritable(error, target) from None
         finally:
@@ -277,7 +281,7 @@ class Snapshots:
                 else:
                     whole[origin] += all(_size(snapshot.content(file)) == file.size for file in files)
                     named.update(file.digest for file in files)
-            _sync_directory(home)
+            sync_directory(home)
             old = home.stat().st_mtime - YOUNG_SECONDS  # by the clock that also gave the files their times
             for path in [*home.iterdir(), *(home / FILES).iterdir()]:
                 unwanted = DIGEST.fullmatch(path.name) and path.name not in named
@@ -289,100 +293,6 @@ class Snapshots:
         return []
 
 
-@dataclass(frozen=True, slots=True)
-class Upload:
-    """What became of a checkpoint."""
-
-    checkpoint: Checkpoint
-    outcome: Published | StreamgrError
-
-
-class Uploader:
-    """Publishes checkpoints in a thread of its own; at most one of each partition waits.
-
-    It raises and logs nothing: the role's loop takes `results`. A checkpoint's directory is removed whatever happens;
-    what a killed process has left goes at the first upload an hour later.
-    """
-
-    def __init__(self, snapshots: Snapshots) -> None:
-        self._snapshots = snapshots
-        self._waiting: dict[Origin, Checkpoint] = {}
-        self._current: Origin | None = None
-        self._results: list[Upload] = []
-        self._leaving = False
-        self._changed = threading.Condition()  # guards all of these
-        self._thread = threading.Thread(target=self._run, name="snapshots", daemon=True)
-        self._thread.start()
-
-    def submit(self, checkpoint: Checkpoint) -> None:
-        """Publish it when its turn comes, instead of an older one of its partition that still waits."""
-        gone: Checkpoint | None = checkpoint
-        with self._changed:
-            if not self._leaving:
-                gone = self._waiting.pop(checkpoint.facts.origin, None)
-                self._waiting[checkpoint.facts.origin] = checkpoint
-                self._changed.notify()
-        if gone:
-            self._end(gone, TryAgain("not published: another came first", remedy="take snapshots less often"))
-
-    def busy(self, origin: Origin) -> bool:
-        """Whether a checkpoint of the partition waits or is being published: no use in taking another."""
-        with self._changed:
-            return origin == self._current or origin in self._waiting
-
-    def results(self) -> list[Upload]:
-        """What has ended since the last call."""
-        with self._changed:
-            results, self._results = self._results, []
-        return results
-
-    def close(self, deadline: Deadline) -> bool:
-        """Abandon what waits, and what is being published at its next block; whether that was in time."""
-        with self._changed:
-            self._leaving = True
-            self._changed.notify()
-        self._thread.join(deadline.remaining())
-        return not self._thread.is_alive()
-
-    def _run(self) -> None:
-        outcome: Published | StreamgrError
-        while checkpoint := self._next():
-            try:
-                self._between()
-                _remove_forgotten(checkpoint)
-                outcome = self._snapshots.publish(checkpoint, self._between)
-            except StreamgrError as error:
-                outcome = error
-            except Exception as error:  # a bug here is no reason to stop a role
-                outcome = StreamgrError(f"{type(error).__name__}: {error}", remedy="report it")
-            self._end(checkpoint, outcome)
-
-    def _next(self) -> Checkpoint | None:
-        """The one that has waited longest; None when there is none and we leave."""
-        with self._changed:
-            self._current = None
-            self._changed.wait_for(lambda: self._waiting or self._leaving)
-            self._current = next(iter(self._waiting), None)
-            return self._waiting.pop(self._current) if self._current else None
-
-    def _between(self) -> None:
-        if self._leaving:
-            raise TryAgain("not published: the role leaves", remedy="none: what was copied is not copied again")
-
-    def _end(self, checkpoint: Checkpoint, outcome: Published | StreamgrError) -> None:
-        shutil.rmtree(checkpoint.directory, ignore_errors=True)
-        with self._changed:
-            self._results.append(Upload(checkpoint, outcome))
-
-
-def _remove_forgotten(checkpoint: Checkpoint) -> None:
-    """Remove what processes that were killed have left beside a checkpoint."""
-    with suppress(OSError):
-        for path in checkpoint.directory.parent.iterdir():
-            if path.stat().st_mtime < checkpoint.facts.created_ms / 1000 - YOUNG_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
-
-
 def _write_manifest(home: Path, facts: Facts, files: list[File]) -> Snapshot:
     """The last step: from here on it is a snapshot."""
     manifest = Manifest(**msgspec.structs.asdict(facts), bytes=sum(file.size for file in files), files=tuple(files))
@@ -391,10 +301,10 @@ def _write_manifest(home: Path, facts: Facts, files: list[File]) -> Snapshot:
     snapshot = Snapshot(home / f"{manifest.next_offset:020d}-{digest[:12]}.json", manifest)
     for file in files:
         os.utime(snapshot.content(file))  # there still, and wanted for another hour
-    _sync_directory(home / FILES)
-    with _appearing(snapshot.path) as out:
+    sync_directory(home / FILES)
+    with appearing(snapshot.path) as out:
         out.write(msgspec.json.encode(Envelope(FORMAT, digest, msgspec.Raw(body))))
-    _sync_directory(home)
+    sync_directory(home)
     return snapshot
 
 
@@ -429,7 +339,7 @@ def _require_fit(snapshot: Snapshot, origin: Origin, why_not: Callable[[Manifest
 
 def _bring(source: Path, target: Path, file: File, between: Between) -> None:
     """Copy a file. Raises `DataError` unless it is what it should be."""
-    with _appearing(target) as out:
+    with appearing(target) as out:
         size, digest = _copy(source, out, between)
         if (size, digest) != (file.size, file.digest):
             what = f"{size} bytes, not {file.size}" if size != file.size else "its content has changed"
@@ -460,20 +370,6 @@ def _blocks(source: Path) -> Iterator[memoryview]:
         raise _unreadable(error, source) from None
 
 
-@contextmanager
-def _appearing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that appears under its name when it is complete and on the disk, or not at all."""
-    unfinished = path.with_name(f"{path.name}.{token_hex(8)}{UNFINISHED}")
-    try:
-        with unfinished.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def _mark(path: Path) -> tuple[str, int, int, int]:
     """What tells an immutable file apart without reading it; hard links have it in common."""
     stat = path.stat()
@@ -490,15 +386,6 @@ def _size(path: Path) -> int:
 
 def _digest(data: bytes | memoryview | msgspec.Raw) -> str:
     return blake2b(data, digest_size=32).hexdigest()
-
-
-def _sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _unwritable(error: OSError, path: Path) -> StateNotWritable:

@@ -11,16 +11,19 @@ from pathlib import Path
 
 import msgspec
 
-from streamgr.errors import ConfigError, DataError
+from streamgr.errors import ConfigError, Damaged, DataError
 from streamgr.state import codec
-from streamgr.state.rocks import Batch, Database, Memory
+from streamgr.state.rocks import CONDEMNED, Batch, Database, Memory
 
 SCHEMA = 2
 FAMILIES = {"events": codec.UID_BYTES, "users": 0, "items": 0, "due": 0, "state": 0}
 
 
 class Meta(msgspec.Struct, frozen=True, kw_only=True):
-    """Whose store this is. `actions`: kinds in the order of their bits. `emits`: false for a follower."""
+    """Whose store this is. `actions`: kinds in the order of their bits. `emits`: false for a follower.
+
+    fingerprint: of the settings that decide what is emitted, and since when (`sequence.origin`).
+    """
 
     schema: int = SCHEMA
     cluster_id: str
@@ -54,6 +57,11 @@ def partition_directory(role_directory: Path, partition: int) -> Path:
     return role_directory / f"p{partition:05d}"
 
 
+def is_condemned(path: Path) -> bool:
+    """Whether a store was found damaged while it was in use."""
+    return (path / CONDEMNED).exists()
+
+
 class Store:
     """One partition's database, open for writing (one process) or, `read_only`, beside its writer."""
 
@@ -74,15 +82,17 @@ class Store:
             self.database.close()
             raise
 
-    def claim(self, meta: Meta) -> None:
+    def claim(self, meta: Meta, *, follow: bool = False) -> None:
         """Bind an empty store to its log, or check that it is this log's.
 
-        A changed fingerprint is the caller's to judge (`meta.fingerprint` before); it is stored from now on. Raises
-        `ConfigError` for another cluster, topic, partition or partition count, or action kinds that are not an
-        extension.
+        follow: a sequencer's store becomes a follower's, who closes no labels. A changed fingerprint is the caller's to
+        judge (`meta.fingerprint` before); it is stored from now on. Raises `ConfigError` for another cluster, topic,
+        partition or partition count, or action kinds that are not an extension.
         """
         old, remedy = self.meta, f"remove {self.path} to rebuild it from the log, or go back to what it was made from"
         if old is not None:
+            if follow:
+                old = msgspec.structs.replace(old, emits=meta.emits)
             for what in ("cluster_id", "topic", "topic_id", "partition", "partitions", "emits"):
                 was, now = getattr(old, what), getattr(meta, what)
                 if was != now:
@@ -98,8 +108,10 @@ class Store:
                     where=str(self.path),
                     remedy="a kind's place in the list is its bit in what is stored; put the old ones first",
                 )
-        if old != meta:
+        if self.meta != meta:
             batch = self.batch()
+            if not meta.emits:
+                batch.delete_prefix("due", b"", codec.DUE_KEY_BYTES)
             batch.put("state", b"meta", msgspec.json.encode(meta))
             self.database.write(batch)
             self.meta = meta
@@ -123,7 +135,12 @@ class Store:
         if before is not None and before <= 0:
             return
         for key, value in self.database.scan_prefix("events", codec.scan_key(user, before)):
-            yield key, *codec.split_event_key(key), codec.decode_event(value)
+            try:
+                event = codec.decode_event(value)
+            except Damaged as error:
+                self.database.condemn()
+                raise Damaged(error.what, where=str(self.path)) from None
+            yield key, *codec.split_event_key(key), event
 
     def count(self, user: bytes, limit: int) -> int:
         """How many events a user has, counted up to `limit`."""
@@ -178,23 +195,16 @@ class Store:
     def close(self) -> None:
         self.database.close()
 
-    def _damaged(self, what: str, error: msgspec.DecodeError) -> DataError:
-        return DataError(
-            f"unreadable {what}: {error}",
-            where=str(self.path),
-            remedy="restore a backup, or remove the directory: it is rebuilt from the log",
-        )
-
     def _read_meta(self) -> Meta | None:
         raw = self.database.get("state", b"meta")
         try:
             return None if raw is None else msgspec.json.decode(raw, type=Meta)
-        except msgspec.DecodeError as error:
-            raise self._damaged("meta", error) from None
+        except codec.UNREADABLE as error:
+            raise Damaged(f"unreadable meta: {error}", where=str(self.path)) from None
 
     def _read_progress(self) -> Progress:
         raw = self.database.get("state", b"progress")
         try:
             return Progress() if raw is None else msgspec.msgpack.decode(raw, type=Progress)
-        except msgspec.DecodeError as error:
-            raise self._damaged("progress", error) from None
+        except codec.UNREADABLE as error:
+            raise Damaged(f"unreadable progress: {error}", where=str(self.path)) from None

@@ -21,10 +21,9 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from streamgr import __version__
+from streamgr import __version__, files
 from streamgr.errors import ConfigError, DataError, StateNotWritable, TryAgain
 from streamgr.telemetry import DURATION_BUCKETS, Log, gauge, histogram
-from streamgr.train import files
 from streamgr.train.lane import LaneState
 from streamgr.weights.manifest import model_differences
 

@@ -14,9 +14,9 @@ from typing import BinaryIO
 
 import msgspec
 
+from streamgr import files
 from streamgr.errors import DataError, StateNotWritable
 from streamgr.sequence.examples import Position
-from streamgr.train import files
 
 
 class Step(msgspec.Struct, frozen=True):

@@ -6,12 +6,14 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from streamgr import config
 from streamgr.errors import DataError
@@ -71,13 +73,13 @@ class Run:
         self.outputs: dict[tuple[int, int], bytes] = {}
         self.order: list[wire.Example] = []
         self.dead: dict[int, str] = {}
-        self.duplicates = self.late = 0
+        self.duplicates = self.late = self.expired = 0
         self.store = self.opened()
         self.partition = Partition(self.store, how, "f", emits=emits)
 
     def opened(self) -> Store:
         store = Store(self.path, MEMORY)
-        store.claim(META)
+        store.claim(replace(META, keep_ms=round(self.how.keep_seconds * 1000)))
         return store
 
     def apply(self, log: Records) -> None:
@@ -85,6 +87,7 @@ class Run:
         self.dead |= {record.offset: bad.reason for record, bad in out.dead_letters}
         self.duplicates += out.duplicates
         self.late += out.late
+        self.expired += out.expired
 
     def take(self, key: bytes, value: bytes) -> None:
         example = wire.decode(value)
@@ -102,7 +105,8 @@ class Run:
 
     def exported(self) -> list[Json]:
         self.partition.commit()
-        return [views.sequence(self.store, user) for user in sorted(self.store.users())]
+        shown = (views.sequence(self.store, user) for user in sorted(self.store.users()))
+        return [sequence for sequence in shown if sequence["events"]]
 
     def targets(self) -> Counter[tuple[int, str, str, tuple[str, ...]]]:
         found = Counter()
@@ -132,7 +136,22 @@ EVENT = st.fixed_dictionaries(
 HEARTBEAT = st.fixed_dictionaries({"type": st.just("heartbeat"), "event_time": TIME})
 ERASURE = st.fixed_dictionaries({"erase": st.sampled_from(["u", "v", "nobody"])})
 BROKEN = st.just({"type": "purchase", "user_id": "u"})
-STREAM = st.lists(st.one_of(EVENT, EVENT, EVENT, EVENT, EVENT, HEARTBEAT, ERASURE, BROKEN), min_size=1, max_size=60)
+ONE = st.one_of(EVENT, EVENT, EVENT, EVENT, EVENT, HEARTBEAT, ERASURE, BROKEN).map(lambda row: [row])
+SLATE = st.builds(
+    lambda first, shown: [{**first, "type": "impression", "event_id": i, "item_id": x} for i, x in shown],
+    EVENT, st.lists(st.tuples(ID, st.sampled_from(["x", "y", "z"])), min_size=2, max_size=6),
+)  # fmt: skip
+STREAM = st.lists(st.one_of(ONE, ONE, ONE, SLATE), min_size=1, max_size=50).map(lambda parts: [*chain(*parts)])
+# what else a deployment may set: nothing kept for long, a watermark held back, no lateness, targets alone
+HOW = st.sampled_from([
+    FAST,
+    replace(FAST, keep_seconds=0.16),
+    replace(FAST, keep_seconds=0.2, max_step_seconds=0.03, history_length=3),
+    replace(FAST, lateness_seconds=0.0),
+    replace(FAST, cached_events=1_000_000),
+    replace(FAST, history_length=0),
+])  # fmt: skip
+END = [{"type": "heartbeat", "event_time": 400 + 30 * n} for n in range(40)]  # closes all, however it is held back
 # after how many records: go on, commit, or crash
 CUTS = st.lists(st.tuples(st.integers(1, 12), st.sampled_from(["on", "commit", "crash"])), max_size=30)
 
@@ -150,11 +169,13 @@ def drive(run: Run, log: Records, cuts: Sequence[tuple[int, str]]) -> None:
 
 
 @BATCHES
-@given(STREAM, CUTS)
-def test_batches_commits_and_crashes_change_nothing(rows: list[Json], cuts: list[tuple[int, str]]) -> None:
-    log = records([*rows, {"type": "heartbeat", "event_time": 10_000}])
+@given(STREAM, CUTS, HOW)
+def test_batches_commits_and_crashes_change_nothing(
+    rows: list[Json], cuts: list[tuple[int, str]], how: config.Sequence
+) -> None:
+    log = records([*rows, *END])
     with directory() as one, directory() as two:
-        whole, broken = Run(one), Run(two)
+        whole, broken = Run(one, how), Run(two, how)
         whole.apply(log)
         drive(broken, log, cuts)
         assert broken.outputs == whole.outputs
@@ -167,20 +188,54 @@ def test_batches_commits_and_crashes_change_nothing(rows: list[Json], cuts: list
             run.store.close()
 
 
-@BATCHES
-@given(STREAM, CUTS)
-def test_targets_and_sequences_are_the_oracles(rows: list[Json], cuts: list[tuple[int, str]]) -> None:
-    rows = [*rows, {"type": "heartbeat", "event_time": 10_000}]
-    oracle = Oracle(window_ms=100, lateness_ms=50, step_ms=10)
+def fed(rows: Sequence[Json], how: config.Sequence) -> Oracle:
+    """What the oracle makes of it."""
+    oracle = Oracle(
+        window_ms=100,
+        lateness_ms=round(how.lateness_seconds * 1000),
+        step_ms=10,
+        max_step_ms=round(how.max_step_seconds * 1000),
+        keep_ms=round(how.keep_seconds * 1000),
+    )
     for offset, row in enumerate(rows):
         if row.get("type") != "purchase":
             oracle.feed(offset, {k: v for k, v in row.items() if k != "item_id" or row["type"] != "profile"})
+    return oracle
+
+
+@BATCHES
+@given(STREAM, CUTS, HOW)
+def test_targets_and_sequences_are_the_oracles(
+    rows: list[Json], cuts: list[tuple[int, str]], how: config.Sequence
+) -> None:
     with directory() as path:
-        run = Run(path)
+        run = Run(path, how)
         drive(run, records(rows), cuts)
+        assert run.exported() == list(fed(rows, how).sequences())  # before all is closed, and perhaps trimmed
+        rows = [*rows, *END]
+        oracle = fed(rows, how)
+        run.apply(records(rows))
         assert run.targets() == Counter((t.offset, t.user, t.event_id, t.labels) for t in oracle.targets)
         assert run.exported() == list(oracle.sequences())
+        if not {"crash"} & {then for _, then in cuts}:  # else some were applied twice
+            assert (run.duplicates, run.late, run.expired) == (oracle.duplicates, oracle.late, oracle.expired)
         run.store.close()
+
+
+@BATCHES
+@given(STREAM, HOW)
+def test_a_slate_at_once_is_its_events_one_by_one(rows: list[Json], how: config.Sequence) -> None:
+    log = records([*rows, *END])
+    with directory() as one, directory() as two:
+        fast, plain = Run(one, how), Run(two, how)
+        plain.partition.slates = False
+        for run in (fast, plain):
+            run.apply(log)
+        assert fast.outputs == plain.outputs
+        assert fast.exported() == plain.exported()
+        assert list(fast.store.database.scan("events")) == list(plain.store.database.scan("events"))
+        for run in (fast, plain):
+            run.store.close()
 
 
 @BATCHES

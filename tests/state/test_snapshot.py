@@ -31,11 +31,10 @@ from streamgr.state.snapshot import (
     Published,
     Snapshot,
     Snapshots,
-    Upload,
-    Uploader,
     take,
 )
 from streamgr.state.store import FAMILIES, Meta, Progress, Store, partition_directory
+from streamgr.state.uploader import Upload, Uploader
 
 MEMORY = Memory(State(cache_bytes=1 << 20, write_buffer_bytes=1 << 20))
 META = Meta(
