@@ -147,12 +147,36 @@ def _sequences(args: argparse.Namespace, config: Config, origin: dict[str, str])
 
     if args.verb == "export":
         return _lines(views.export(Path(args.state or config.state.directory)))
+    part = views.Part(args.since, args.before, args.last)
     if args.url:
-        return _lines([_get(f"{args.url.rstrip('/')}/v1/users/{urllib.parse.quote(args.user, safe='')}/sequence")])
-    sequence = views.show(Path(args.state or config.state.directory), args.user)
+        asked = {name: value for name, value in part._asdict().items() if value}
+        path = f"/v1/users/{urllib.parse.quote(args.user, safe='')}/sequence?{urllib.parse.urlencode(asked)}"
+        return _lines([_get(args.url.rstrip("/") + path.rstrip("?"))])
+    sequence = views.show(Path(args.state or config.state.directory), args.user, part)
     if sequence is None:
         raise DataError(f"no user {args.user!r} here", where=str(args.state or config.state.directory))
     return _lines([sequence])
+
+
+def _state(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> int:
+    from streamgr.clock import SystemClock
+    from streamgr.sequence import maintenance
+
+    directory = Path(args.state or config.state.directory)
+    if args.verb == "show":
+        return _lines(maintenance.show(directory))
+    if args.verb == "backup":
+        kept = config.state.snapshots_kept
+        return _lines(maintenance.backup(directory, args.role, Path(args.directory), kept, SystemClock()))
+    if args.verb == "restore":
+        return _lines(maintenance.restore(config, directory / args.role, Path(args.directory)))
+    if args.verb == "erase":
+        return _lines([maintenance.erase(config, args.user)])
+    sound = True
+    for row in maintenance.verify(directory):
+        sound = sound and row["ok"]
+        _lines([row])
+    return 0 if sound else DataError.exit_code
 
 
 def _examples(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> int:
@@ -279,8 +303,27 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("user")
     show.add_argument("--state", metavar="DIR", help="a state directory (default: state.directory)")
     show.add_argument("--url", help="ask a running scorer instead")
+    show.add_argument("--since", type=int, default=0, metavar="MS", help="events of this time and later")
+    show.add_argument("--before", type=int, metavar="MS", help="events before this time")
+    show.add_argument("--last", type=int, default=0, metavar="N", help="of these the newest N")
     export = verb("export", "every user's sequence, a line each, sorted by user id", "streamgr sequences export")
     export.add_argument("--state", metavar="DIR", help="a state directory (default: state.directory)")
+
+    verb = verbs_of(add("state", _state, "the stores of a state directory", "streamgr state verify"))
+    for name, does, example in (
+        ("show", "each partition's store: whose it is and how far", "streamgr state show"),
+        ("verify", "read every byte and hold it against the rest", "streamgr state verify --state state"),
+        ("backup", "a snapshot of each partition of a role that is not running", "streamgr state backup /backup"),
+        ("restore", "the newest sound snapshots, where there is no store yet", "streamgr state restore /backup"),
+        ("erase", "publish the record that makes every store forget a user", "streamgr state erase u1"),
+    ):
+        sub = verb(name, does, example)
+        sub.add_argument("--state", metavar="DIR", help="a state directory (default: state.directory)")
+        if name in ("backup", "restore"):
+            sub.add_argument("directory", metavar="SNAPSHOTS", help="the directory of the snapshots")
+            sub.add_argument("--role", default="sequencer", choices=["sequencer", "scorer"])
+        if name == "erase":
+            sub.add_argument("user", metavar="USER")
 
     sub = add("examples", _examples, "the examples topic as JSON lines", "streamgr examples list --limit 10")
     sub.add_argument("verb", choices=["list"])

@@ -111,14 +111,15 @@ class Follower:
                     return found
         return EMPTY
 
-    def sequence(self, user: str) -> views.Json:
-        """The user's whole sequence, as the contract shows it; no events if unknown."""
+    def sequence(self, user: str, part: views.Part = views.WHOLE) -> views.Json:
+        """The user's sequence, or a part of it, as the contract shows it; no events if unknown."""
         for followed in self._followed.values():
             with followed.lock:
-                if followed.partition.knows(user):
-                    if followed.partition.pending:
-                        followed.partition.commit()
-                    return views.sequence(followed.partition.store, user)
+                if not followed.partition.knows(user):
+                    continue
+                if followed.partition.pending:
+                    followed.partition.commit()
+            return views.sequence(followed.partition.store, user, part)  # unlocked: it may be long
         return {"user_id": user, "events": []}
 
     def item_text(self, key: int) -> str | None:

@@ -39,7 +39,7 @@ WHOLE = Part()
 
 def show(state_directory: Path, user: str, part: Part = WHOLE) -> Json | None:
     """One user's sequence from `state.directory`; None if unknown. Raises `DataError` where there is no state."""
-    for store in _stores(state_directory):
+    for store in stores(state_directory):
         try:
             if store.has_user(codec.uid(user), user):
                 return sequence(store, user, part)
@@ -50,14 +50,14 @@ def show(state_directory: Path, user: str, part: Part = WHOLE) -> Json | None:
 
 def export(state_directory: Path) -> Iterator[Json]:
     """Every user's sequence, sorted by user id. Raises `DataError` where there is no state."""
-    stores = list(_stores(state_directory))
+    opened = list(stores(state_directory))
     try:
-        users = sorted((user, place) for place, store in enumerate(stores) for user in store.users())
+        users = sorted((user, place) for place, store in enumerate(opened) for user in store.users())
         for user, place in users:
-            if (found := sequence(stores[place], user))["events"]:  # all of it may be older than what is kept
+            if (found := sequence(opened[place], user))["events"]:  # all of it may be older than what is kept
                 yield found
     finally:
-        for store in stores:
+        for store in opened:
             store.close()
 
 
@@ -162,19 +162,21 @@ def _joined_kinds(
     return found
 
 
-def _stores(state_directory: Path) -> Iterator[Store]:
+def stores(state_directory: Path) -> Iterator[Store]:
     """The partitions' stores of the first role that has any, read-only."""
-    for directory in [*(state_directory / role for role in ROLES), state_directory]:
-        paths = sorted(path for path in directory.glob("p[0-9]*") if (path / "CURRENT").exists())
-        if paths:
-            memory = Memory(State())
-            for path in paths:
-                store = Store(path, memory, read_only=True)
-                if store.meta is None:  # its owner is about to claim it
-                    store.close()
-                else:
-                    yield store
-            return
-    raise DataError(
-        "no sequences here", where=str(state_directory), remedy="give the value of state.directory of a sequencer"
-    )
+    memory = Memory(State())
+    for path in store_paths(*(state_directory / role for role in ROLES), state_directory):
+        store = Store(path, memory, read_only=True)
+        if store.meta is None:  # its owner is about to claim it
+            store.close()
+        else:
+            yield store
+
+
+def store_paths(*directories: Path) -> list[Path]:
+    """The stores in the first of the directories that has any. Raises `DataError` where none has."""
+    for directory in directories:
+        if paths := sorted(path for path in directory.glob("p[0-9]*") if (path / "CURRENT").exists()):
+            return paths
+    remedy = "give the value of state.directory of a sequencer"
+    raise DataError("no sequences here", where=str(directories[-1]), remedy=remedy)

@@ -79,7 +79,7 @@ def create_app(
     *,
     rank: Callable[[wire.RankRequest], wire.Answer],
     retrieve: Callable[[wire.RetrieveRequest], wire.Answer],
-    sequence: Callable[[str], dict[str, Any]],
+    sequence: Callable[[str, wire.SequencePart], dict[str, Any]],
     desk: Desk,
     health: Health,
     clock: Clock,
@@ -131,12 +131,15 @@ def create_app(
         return await score(request, wire.retrieve_request, retrieve)
 
     @app.get("/v1/users/{user_id:path}/sequence")
-    async def user_sequence(user_id: str) -> Response:
-        """Every event of a user, in sequence order."""
+    async def user_sequence(user_id: str, request: Request) -> Response:
+        """The events of a user, in sequence order: all, or `since` and `before` a time (ms), or the `last` so many."""
         if not 1 <= len(user_id) <= MAX_ID:
             return _invalid(wire.InvalidRequest("user_id", f"1 to {MAX_ID} characters")).response()
         try:
-            return Response(_encode(await answered(partial(sequence, user_id))), media_type="application/json")
+            part = wire.sequence_part(request.query_params)
+            return Response(_encode(await answered(partial(sequence, user_id, part))), media_type="application/json")
+        except wire.InvalidRequest as error:
+            return _invalid(error).response()
         except Refusal as refusal:
             return refusal.response()
 

@@ -28,6 +28,7 @@ from streamgr.errors import BrokerUnreachable, ConfigError
 from streamgr.kafka.consumer import Consumer
 from streamgr.kafka.producer import Producer
 from streamgr.sequence.follower import Follower
+from streamgr.sequence.views import Part
 from streamgr.serve import wire
 from streamgr.serve.http import Desk, NotReady, create_app
 from streamgr.serve.model import LiveWeights, NoWeights
@@ -181,9 +182,9 @@ class Scorer:
         self._require_open()
         return self._sampled(ask, self._ranker.retrieve(ask))
 
-    def _sequence(self, user: str) -> dict[str, Any]:
+    def _sequence(self, user: str, part: wire.SequencePart) -> dict[str, Any]:
         self._require_open()
-        return self._follower.sequence(user)
+        return self._follower.sequence(user, Part(part.since, part.before, part.last))
 
     def _require_weights(self) -> None:
         """Asked first: before the first version the answer is `no_weights`, whatever else is not there yet."""

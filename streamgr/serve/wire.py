@@ -5,6 +5,7 @@ OpenAPI schemas. Unknown fields are ignored, as in events; null is absent.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -42,6 +43,14 @@ class RetrieveRequest(Struct, frozen=True, gc=False):
     k: Annotated[int, Meta(ge=1, le=MAX_CANDIDATES)] | None = None
     exclude_seen: bool | None = None
     at: At | None = None
+
+
+class SequencePart(Struct, frozen=True, gc=False):
+    """Which part of a sequence is wanted: since <= event time < before (ms), and of that the newest `last`."""
+
+    since: Annotated[int, Meta(ge=0)] = 0
+    before: Annotated[int, Meta(ge=0)] | None = None
+    last: Annotated[int, Meta(ge=0)] = 0
 
 
 class Item(Struct, frozen=True, gc=False):
@@ -102,6 +111,14 @@ def retrieve_request(body: bytes) -> RetrieveRequest:
     return _decode(_retrieve, body)
 
 
+def sequence_part(query: Mapping[str, str]) -> SequencePart:
+    """Read from a query string. Raises `InvalidRequest`."""
+    try:
+        return msgspec.convert(dict(query), SequencePart, strict=False)
+    except msgspec.ValidationError as error:
+        raise _invalid(str(error)) from None
+
+
 def at_ms(at: int | str) -> int:
     """An `at` as milliseconds since 1970 UTC, fractions cut; raises `InvalidRequest`."""
     ms = parse_time(at) if isinstance(at, str) else at
@@ -122,13 +139,17 @@ def _decode(decoder: msgspec.json.Decoder[_Request], body: bytes) -> _Request:
     try:
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        text = str(error)
-        if missing := _MISSING.match(text):
-            raise InvalidRequest(missing["field"], "is required") from None
-        if match := _PATH.match(text):
-            raise InvalidRequest(match["field"].removeprefix("$").removeprefix("."), match["what"]) from None
-        raise InvalidRequest("", text) from None
+        raise _invalid(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest("", f"not valid JSON: {error}") from None
     except RecursionError:
         raise InvalidRequest("", "not valid JSON: nested too deeply") from None
+
+
+def _invalid(text: str) -> InvalidRequest:
+    """What msgspec says, with the field it is about."""
+    if missing := _MISSING.match(text):
+        return InvalidRequest(missing["field"], "is required")
+    if match := _PATH.match(text):
+        return InvalidRequest(match["field"].removeprefix("$").removeprefix("."), match["what"])
+    return InvalidRequest("", text)

@@ -103,6 +103,9 @@ class Checkpoint:
     directory: Path
     facts: Facts
 
+    def remove(self) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:

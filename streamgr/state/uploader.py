@@ -95,7 +95,7 @@ class Uploader:
             raise TryAgain("not published: the role leaves", remedy="none: what was copied is not copied again")
 
     def _end(self, checkpoint: Checkpoint, outcome: Published | StreamgrError) -> None:
-        shutil.rmtree(checkpoint.directory, ignore_errors=True)
+        checkpoint.remove()
         with self._changed:
             self._results.append(Upload(checkpoint, outcome))
 

@@ -17,6 +17,7 @@ from streamgr.model.table import IdTable
 from streamgr.serve.http import Desk, create_app
 from streamgr.serve.model import LiveWeights
 from streamgr.serve.ranker import Ranker
+from streamgr.serve.wire import SequencePart
 from streamgr.telemetry import Health, Log
 from streamgr.weights.manifest import Learned, Manifest, model_digest
 from streamgr.weights.payload import Payload
@@ -116,8 +117,9 @@ class FakeSequences:
     def age_seconds(self) -> float:
         return 0.0
 
-    def sequence(self, user: str) -> dict[str, Any]:
-        return {"user_id": user, "events": [{"item_id": r[1], "event_time": r[2]} for r in self.users.get(user, [])]}
+    def sequence(self, user: str, part: SequencePart) -> dict[str, Any]:
+        shown = [{"item_id": r[1], "event_time": r[2]} for r in self.users.get(user, []) if r[2] >= part.since]
+        return {"user_id": user, "events": shown}
 
 
 def log_and_clock() -> tuple[Log, ManualClock]:

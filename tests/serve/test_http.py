@@ -244,6 +244,10 @@ def test_sequences_are_read_by_any_user_id(service: Service, client: Client) -> 
     assert body == {"user_id": "a/b é?", "events": [{"item_id": "i1", "event_time": NOW}]}
     assert client.get("/v1/users/nobody/sequence").json() == {"user_id": "nobody", "events": []}
     assert client.get(f"/v1/users/{'x' * 257}/sequence").status_code == 422
+    assert client.get("/v1/users/a%2Fb%20%C3%A9%3F/sequence?since=99999999999999&last=3").json()["events"] == []
+    for query, field in (("since=x", "since"), ("last=-1", "last"), ("before=1.5", "before")):
+        refused = client.get(f"/v1/users/u/sequence?{query}")
+        assert (refused.status_code, refused.json()["field"]) == (422, field)
 
 
 def test_probes_metrics_and_documentation(service: Service, client: Client) -> None:
