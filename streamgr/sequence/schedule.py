@@ -49,8 +49,10 @@ class Schedule:
         for upload in self._uploader.results():
             self._tell(upload)
         now = self._clock.monotonic()
-        for number, due in self._due.items():
-            if now < due or number not in partitions:
+        for number, due in sorted(self._due.items(), key=lambda each: each[1]):  # who has waited longest goes first
+            if now < due:
+                return
+            if number not in partitions:
                 continue
             store = partitions[number].store
             self._due[number] = now + self._every

@@ -2,9 +2,10 @@
 
 The one file that knows rocksdict and its traps. Iterator bounds are never set: rocksdict sets the upper one for the
 lower, and keeps pointers into freed memory. Scans stay inside a key's prefix by the prefix extractor instead
-(`prefix_same_as_start`). Errors come as bare exceptions, so their text is read here and nowhere else. All databases of
-a process share one hyper-clock block cache (an LRU's shards are smaller than a filter block, which is then read again
-on every look-up) and one write buffer budget.
+(`prefix_same_as_start`). Its iterators end at a damaged block as if there were no more: we ask for their status. Errors
+come as bare exceptions, so their text is read here and nowhere else. All databases of a process share one hyper-clock
+block cache (an LRU's shards are smaller than a filter block, which is then read again on every look-up) and one write
+buffer budget.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -86,7 +87,7 @@ class Database:
             except OSError as error:
                 raise _unwritable(str(error.strerror), path) from None
         access = AccessType.read_only(False) if read_only else AccessType.read_write()
-        with self._named():
+        with self._naming():
             self._db = Rdict(
                 str(path),
                 _options(memory, 0),
@@ -101,35 +102,54 @@ class Database:
         self._everything.set_total_order_seek(True)
 
     def get(self, family: str, key: bytes) -> bytes | None:
-        with self._named():
+        try:
             value: bytes | None = self._families[family].get(key)
-            return value
+        except Exception as error:
+            raise self._named(error) from error
+        return value
 
     def get_many(self, family: str, keys: Sequence[bytes]) -> list[bytes | None]:
-        with self._named():
+        try:
             values = self._families[family].get(list(keys)) if keys else []
-            return cast("list[bytes | None]", values)
+        except Exception as error:
+            raise self._named(error) from error
+        return cast("list[bytes | None]", values)
 
     def scan_prefix(self, family: str, start: bytes) -> Iterator[tuple[bytes, bytes]]:
         """Keys from `start` on, ascending, as long as they share its prefix."""
-        with self._named():
-            yield from self._families[family].items(from_key=start, read_opt=self._within_prefix)
+        yield from self._walk(family, start, self._within_prefix)
 
     def scan(self, family: str, start: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
         """Every key, or every one from `start` on, ascending."""
-        with self._named():
-            yield from self._families[family].items(from_key=start, read_opt=self._everything)
+        yield from self._walk(family, start, self._everything)
+
+    def _walk(self, family: str, start: bytes | None, how: ReadOptions) -> Iterator[tuple[bytes, bytes]]:
+        """From `start` on. `Rdict.items` ends at a damaged block as at the end: here it makes a difference."""
+        try:
+            cursor = self._families[family].iter(how)
+            if start is None:
+                cursor.seek_to_first()
+            else:
+                cursor.seek(start)
+            while cursor.valid():
+                yield cursor.key(), cursor.value()
+                cursor.next()
+            cursor.status()
+        except Exception as error:
+            raise self._named(error) from error
 
     def batch(self) -> Batch:
         return Batch(self._handles)
 
     def write(self, batch: Batch) -> None:
         """All of the batch or nothing. It survives a killed process; `sync` makes it survive a power failure."""
-        with self._named():
+        try:
             self._db.write(batch.take())
+        except Exception as error:
+            raise self._named(error) from error
 
     def sync(self) -> None:
-        with self._named():
+        with self._naming():
             self._db.flush_wal(True)
 
     def checkpoint(self, directory: Path) -> None:
@@ -137,7 +157,7 @@ class Database:
 
         It shares the immutable files by hard links, so it lies on the same file system. Raises as `write` does.
         """
-        with self._named():
+        with self._naming():
             directory.parent.mkdir(parents=True, exist_ok=True)
             for family in self._families.values():
                 family.flush()  # lets other threads run; the checkpoint, which would do it too, does not
@@ -154,7 +174,7 @@ class Database:
             return
         self._families.clear()
         self._handles.clear()
-        with self._named():
+        with self._naming():
             self._db.close()
 
     def condemn(self) -> None:
@@ -164,16 +184,20 @@ class Database:
                 (self.path / CONDEMNED).touch()
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
+    def _naming(self) -> Iterator[None]:
         try:
             yield
-        except StreamgrError:
-            raise
-        except Exception as error:  # rocksdict raises nothing narrower
-            named = _named(error, self.path, self._read_only)
-            if isinstance(named, Damaged):
-                self.condemn()
-            raise named from error
+        except Exception as error:
+            raise self._named(error) from error
+
+    def _named(self, error: Exception) -> StreamgrError:
+        """An error of rocksdict's, which raises nothing narrower, under its name."""
+        if isinstance(error, StreamgrError):
+            return error
+        named = _named(error, self.path, self._read_only)
+        if isinstance(named, Damaged):
+            self.condemn()
+        return named
 
 
 def _options(memory: Memory, prefix: int) -> Options:

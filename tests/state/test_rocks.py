@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from streamgr.config import State
-from streamgr.errors import DataError, StateNotWritable, TryAgain
-from streamgr.state.rocks import Database, Memory
+from streamgr.errors import Damaged, DataError, StateNotWritable, TryAgain
+from streamgr.state.rocks import CONDEMNED, Database, Memory
 
 FAMILIES = {"rows": 4, "plain": 0}
 MEMORY = Memory(State(cache_bytes=1 << 20, write_buffer_bytes=1 << 20))
@@ -81,6 +81,39 @@ def test_damage_is_named(tmp_path: Path) -> None:
     (tmp_path / "d" / "CURRENT").write_text("MANIFEST-999999\n")
     with pytest.raises((DataError, StateNotWritable), match="remedy"):
         Database(tmp_path / "d", MEMORY, FAMILIES)
+
+
+def test_a_scan_never_ends_silently_at_a_damaged_block(tmp_path: Path) -> None:
+    database = Database(tmp_path / "d", MEMORY, FAMILIES)
+    batch = database.batch()
+    for n in range(5_000):
+        batch.put("rows", b"user" + n.to_bytes(4, "big"), bytes(range(60)) + n.to_bytes(4, "big"))
+    database.write(batch)
+    database.checkpoint(tmp_path / "c")  # flushes
+    database.close()
+    table = max((tmp_path / "c").glob("*.sst"), key=lambda file: file.stat().st_size)
+    data = bytearray(table.read_bytes())
+    data[len(data) // 3] ^= 1
+    table.write_bytes(data)
+    database = Database(tmp_path / "c", Memory(State()), FAMILIES)
+    for scan in (database.scan("rows"), database.scan_prefix("rows", b"user")):
+        with pytest.raises(Damaged, match=r"checksum.*remedy"):
+            list(scan)
+    assert (tmp_path / "c" / CONDEMNED).exists()
+    database.close()
+
+
+def test_a_missing_file_is_damage(tmp_path: Path) -> None:
+    database = Database(tmp_path / "d", MEMORY, FAMILIES)
+    batch = database.batch()
+    batch.put("rows", b"user1", b"x")
+    database.write(batch)
+    database.checkpoint(tmp_path / "c")
+    database.close()
+    for table in (tmp_path / "c").glob("*.sst"):
+        table.unlink()
+    with pytest.raises(Damaged):
+        Database(tmp_path / "c", MEMORY, FAMILIES)
 
 
 FULL_DISK = """
