@@ -6,10 +6,13 @@ PY     := $(VENV)/bin/python
 TORCH_FLAGS ?=
 SECONDS_TO_RUN ?= 60
 DATA ?= ../shared/data
+N ?= 100
+MESSAGES ?= 1000000
+BENCH ?=
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench-replay clean
+.PHONY: help install demo test check format crash-test cluster-test fuzz bench-ingest bench-latency bench-restore bench-replay clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -38,6 +41,24 @@ check: $(VENV)/installed  ## ruff, mypy --strict and the layer contracts
 format: $(VENV)/installed  ## put the code into its format
 	$(VENV)/bin/ruff check --fix streamgr tests
 	$(VENV)/bin/ruff format streamgr tests
+
+crash-test: $(VENV)/installed  ## N random kills of sequencers and broker during a replay, then everything against the oracle
+	$(PY) -m tests.crash.storm --kills $(N)
+
+cluster-test: $(VENV)/installed  ## three brokers, killed and frozen one after the other (KAFKA_HOME)
+	STREAMGR_CLUSTER_TESTS=1 $(PY) -m pytest tests/cluster
+
+fuzz: $(VENV)/installed  ## MESSAGES mutated records: each in a sequence or in the dead letters with its reason
+	$(PY) -m tests.fuzz.records --messages $(MESSAGES)
+
+bench-ingest: $(VENV)/installed  ## events per second through the stream side, by stage and by history length
+	$(PY) -m tests.bench.ingest $(BENCH)
+
+bench-latency: $(VENV)/installed  ## from the broker's append to the sequence at 1, 10 and 30 thousand events a second
+	$(PY) -m tests.bench.latency $(BENCH)
+
+bench-restore: $(VENV)/installed  ## replay, checkpoint, snapshot and restore of a million events
+	$(PY) -m tests.bench.restore $(BENCH)
 
 bench-replay: $(VENV)/installed  ## replay real logs through the real pipeline: exactness and prequential quality
 	$(PY) -m streamgr evaluate $(DATA)/deskdrop/events.csv.gz --set sequence.history_length=64

@@ -34,7 +34,14 @@ OURS = frozenset(
         *("enable.idempotence", "enable.gapless.guarantee", "transactional.id", "acks", "request.required.acks"),
         *("retries", "message.send.max.retries", "message.timeout.ms", "delivery.timeout.ms", "partitioner"),
         *("max.in.flight", "max.in.flight.requests.per.connection", "message.max.bytes", "on_delivery", "on_commit"),
-        *("dr_cb", "linger.ms", "queue.buffering.max.ms", "default.topic.config", "test.mock.num.brokers"),
+        *(
+            "queue.buffering.max.kbytes",
+            "dr_cb",
+            "linger.ms",
+            "queue.buffering.max.ms",
+            "default.topic.config",
+            "test.mock.num.brokers",
+        ),
     )
 )
 SAY_AGAIN_SECONDS = 60.0

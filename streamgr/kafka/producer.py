@@ -22,7 +22,8 @@ from streamgr.service import Stop
 from streamgr.telemetry import Log
 
 MAX_MESSAGE_BYTES = (2 << 20) + (128 << 10)  # the events' 2 MiB, the dead letters' 64 KiB more, and their overhead
-QUEUE_SECONDS = 60.0  # how long a full queue may hold up `send`
+ONE_SHOT_QUEUE_SECONDS = 60.0  # how long a command, which somebody waits for, lets a full queue hold it up
+QUEUE_KBYTES = 65_536  # of records that are not acknowledged; then `send` holds its caller up
 DRAIN_SECONDS = 5.0  # how long `confirm` goes on waiting once told to stop
 Headers = list[tuple[str, bytes]]
 Delivered = Callable[[KafkaError | None, Message], None]
@@ -40,9 +41,12 @@ class Producer:
         log: Log | None = None,
         stop: Stop | None = None,
         waiting: Callable[[], None] = lambda: None,
+        queue_seconds: float | None = None,
     ) -> None:
-        """`waiting` is called twice a second while `confirm` waits. Raises `ConfigError` where librdkafka refuses."""
-        self._settings, self._stop, self._waiting = settings, stop, waiting
+        """`waiting` is called twice a second while `send` or `confirm` waits. queue_seconds: how long a full queue may
+        hold up `send`; None for without end. Raises `ConfigError` where librdkafka refuses.
+        """
+        self._settings, self._stop, self._waiting, self._queue_seconds = settings, stop, waiting, queue_seconds
         self._voice = Voice("producer", settings, log)
         self._clock = SystemClock()
         self._broken: StreamgrError | None = None
@@ -58,6 +62,7 @@ class Producer:
                     compression_type=str(settings.librdkafka.get("compression.type", "lz4")),
                     partitioner="murmur2_random",
                     linger_ms=linger_seconds * 1000,
+                    queue_buffering_max_kbytes=QUEUE_KBYTES,
                     message_max_bytes=MAX_MESSAGE_BYTES,
                 )
             )
@@ -75,8 +80,8 @@ class Producer:
     ) -> None:
         """Queue one record; without `partition`, its key's murmur2 chooses.
 
-        Holds the caller up while the queue is full (`TryAgain` after a minute). Raises `DataError` where the record is
-        too large, and whatever an earlier record was refused for.
+        Holds the caller up while the queue is full (`TryAgain` after `queue_seconds`, or when told to stop). Raises
+        `DataError` where the record is too large, and whatever an earlier record was refused for.
         """
         self._send(topic, value, key=key, partition=partition, headers=headers, delivered=self._delivered)
 
@@ -139,7 +144,8 @@ class Producer:
         delivered: Delivered,
     ) -> None:
         self._check()
-        deadline = Deadline(self._clock, QUEUE_SECONDS)
+        deadline = None if self._queue_seconds is None else Deadline(self._clock, self._queue_seconds)
+        stopping: Deadline | None = None
         where = topic if partition is None else f"{topic}[{partition}]"
         while True:
             try:
@@ -154,11 +160,14 @@ class Producer:
                 self._producer.poll(0)
                 return
             except BufferError:
-                self._producer.poll(0.1)  # serves deliveries, so the queue moves if the broker does
+                self._producer.poll(0.5)  # serves deliveries, so the queue moves if the broker does
                 self._check()
-                if deadline.passed():
+                self._waiting()
+                if self._stop and stopping is None:
+                    stopping = Deadline(self._clock, DRAIN_SECONDS)
+                if (deadline and deadline.passed()) or (stopping and stopping.passed()):
                     raise TryAgain(
-                        f"the queue of {len(self._producer)} records has not moved for {QUEUE_SECONDS:.0f} s",
+                        f"the queue of {len(self._producer)} records is full and does not move",
                         where=where,
                         remedy="check the broker; nothing was committed over them",
                     ) from None

@@ -31,7 +31,7 @@ from streamgr.config import Config
 from streamgr.errors import ConfigError, DataError, TryAgain, UsageError
 from streamgr.kafka import topics
 from streamgr.kafka.embedded import EmbeddedBroker
-from streamgr.kafka.producer import Producer
+from streamgr.kafka.producer import ONE_SHOT_QUEUE_SECONDS, Producer
 from streamgr.lab import census
 from streamgr.lab.baselines import Baseline
 from streamgr.lab.baselines.popularity import Popularity
@@ -87,7 +87,13 @@ def evaluate(
     prefix, actions = config.kafka.topic_prefix, list(config.sequence.actions)
     topics.ensure(config.kafka)
     say(f"publishing {events} events to {prefix}.events")
-    producer = Producer(config.kafka, client_id="streamgr-evaluate", linger_seconds=LINGER_SECONDS, stop=stop)
+    producer = Producer(
+        config.kafka,
+        client_id="streamgr-evaluate",
+        linger_seconds=LINGER_SECONDS,
+        stop=stop,
+        queue_seconds=ONE_SHOT_QUEUE_SECONDS,
+    )
     try:
         partitions = topics.identity(config.kafka, config.topic("events")).partitions
         published = publish(config, dataset, producer, partitions, close=True, clock=clock, stop=stop)

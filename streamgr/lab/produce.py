@@ -26,7 +26,7 @@ from streamgr.config import Config
 from streamgr.errors import TryAgain, UsageError
 from streamgr.events import Heartbeat, heartbeat
 from streamgr.kafka import topics
-from streamgr.kafka.producer import Producer
+from streamgr.kafka.producer import ONE_SHOT_QUEUE_SECONDS, Producer
 from streamgr.lab.datasets import Dataset, Row
 from streamgr.service import Stop
 
@@ -186,7 +186,13 @@ def run(config: Config, args: argparse.Namespace) -> int:
     clock, stop = SystemClock(), Stop().on_signals()
     dataset = Dataset(Path(args.file), args.mapping, columns(args.column), skip_bad_rows=args.skip_bad_rows)
     partitions = topics.identity(config.kafka, config.topic("events")).partitions
-    producer = Producer(config.kafka, client_id="streamgr-produce", linger_seconds=LINGER_SECONDS, stop=stop)
+    producer = Producer(
+        config.kafka,
+        client_id="streamgr-produce",
+        linger_seconds=LINGER_SECONDS,
+        stop=stop,
+        queue_seconds=ONE_SHOT_QUEUE_SECONDS,
+    )
     console = Console(stderr=True)
     try:
         with Bar(console, dataset, f"{dataset.path.name} ({dataset.layout.name})") as progress:

@@ -12,7 +12,7 @@ from streamgr.clock import Clock, Deadline
 from streamgr.config import Config
 from streamgr.errors import StreamgrError, TryAgain
 from streamgr.kafka import topics
-from streamgr.kafka.producer import Producer
+from streamgr.kafka.producer import ONE_SHOT_QUEUE_SECONDS, Producer
 from streamgr.lab import produce
 from streamgr.lab.datasets import Dataset
 from streamgr.service import Stop
@@ -69,7 +69,12 @@ class Replay:
         """The thread. An error ends it and is kept for the main thread, unless it was told to stop."""
         try:
             partitions = topics.identity(self._config.kafka, self._config.topic("events")).partitions
-            self._producer = Producer(self._config.kafka, client_id="streamgr-demo-replay", stop=self._stop)
+            self._producer = Producer(
+                self._config.kafka,
+                client_id="streamgr-demo-replay",
+                stop=self._stop,
+                queue_seconds=ONE_SHOT_QUEUE_SECONDS,
+            )
             try:
                 produce.publish(
                     self._config,

@@ -47,6 +47,7 @@ from streamgr.sequence.watermark import Watermark
 from streamgr.state import codec
 from streamgr.state.store import Progress, Store
 
+WORTH_TRIMMING = 16  # rows
 Emit = Callable[[bytes, bytes], None]  # takes an example: its user as the key, and its bytes
 
 
@@ -422,8 +423,8 @@ class Partition:
 
     def _trim(self, tail: Tail) -> None:
         """Keep the open labels and one window before them; cut only when it is worth it."""
-        keep = join.first_open(tail, self._watermark.value, self._window) - self._history
-        if keep > max(self._history, 16):
+        keep = min(len(tail) - 1, join.first_open(tail, self._watermark.value, self._window) - self._history)
+        if keep > max(self._history, WORTH_TRIMMING):
             tail.trim(keep)
 
 

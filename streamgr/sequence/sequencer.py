@@ -122,7 +122,7 @@ class Sequencer:
         consumer = Consumer(kafka, client_id=ROLE, group=group, log=log, stop=stop)
         consumer.partitions(self._events)  # waits for the broker; names a missing topic
         self._identity = identity(kafka, self._events)
-        return consumer, Producer(kafka, client_id=ROLE, log=log, stop=stop)
+        return consumer, Producer(kafka, client_id=ROLE, log=log, stop=stop, waiting=self._health.turned)
 
     def _leave(self, consumer: Consumer, producer: Producer) -> None:
         """Let go of everything. What was not committed is read again by the next owner."""

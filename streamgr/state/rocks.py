@@ -163,6 +163,13 @@ class Database:
                 family.flush()  # lets other threads run; the checkpoint, which would do it too, does not
             Checkpoint(self._db).create_checkpoint(str(directory))
 
+    def compact(self) -> None:
+        """Merge all files now, rather than when RocksDB gets to it."""
+        with self._naming():
+            for family in self._families.values():
+                family.flush()
+                family.compact_range(None, None)
+
     def size_bytes(self) -> int:
         """What the files of all families take on the disk, about."""
         sizes = (family.property_int_value("rocksdb.total-sst-files-size") for family in self._families.values())

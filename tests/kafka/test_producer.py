@@ -52,12 +52,25 @@ def test_a_role_told_to_stop_gives_up_on_a_broker_that_is_away(monkeypatch: pyte
 
 
 def test_a_full_queue_holds_the_sender_up_and_then_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streamgr.kafka.producer.QUEUE_SECONDS", 0.5)
+    monkeypatch.setattr("streamgr.kafka.producer.DRAIN_SECONDS", 0.5)
     settings = Kafka(bootstrap="127.0.0.1:1", librdkafka={"queue.buffering.max.messages": 10})
-    producer = Producer(settings, client_id="p")
-    with pytest.raises(TryAgain, match="has not moved"):
+    producer = Producer(settings, client_id="p", queue_seconds=0.5)
+    with pytest.raises(TryAgain, match="is full and does not move"):
         for _ in range(11):
             producer.send("t", b"")
+    producer.close()
+    stop, waits = Stop(), []
+
+    def waiting() -> None:  # a role waits without end, and lives, until it is told to stop
+        waits.append(1)
+        if len(waits) == 3:
+            stop.set()
+
+    producer = Producer(settings, client_id="p", stop=stop, waiting=waiting)
+    with pytest.raises(TryAgain, match="is full and does not move"):
+        for _ in range(11):
+            producer.send("t", b"")
+    assert len(waits) >= 4
     producer.close()
 
 

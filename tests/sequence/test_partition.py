@@ -20,6 +20,7 @@ from streamgr.errors import DataError
 from streamgr.events import IMPRESSION, Record, Records, item_key
 from streamgr.sequence import examples as wire
 from streamgr.sequence import items, views
+from streamgr.sequence import partition as module
 from streamgr.sequence.origin import fingerprint
 from streamgr.sequence.partition import Partition
 from streamgr.state.rocks import Memory
@@ -166,6 +167,12 @@ def drive(run: Run, log: Records, cuts: Sequence[tuple[int, str]]) -> None:
         elif then == "crash":
             run.crash(reopen=False)
     run.apply(log)
+
+
+@pytest.fixture(autouse=True)
+def trims_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However short a tail is."""
+    monkeypatch.setattr(module, "WORTH_TRIMMING", 0)
 
 
 @BATCHES
