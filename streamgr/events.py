@@ -46,7 +46,10 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """Consecutive records of one partition as columns, offsets ascending."""
+    """Consecutive records of one partition as columns, offsets ascending.
+
+    next_offset: where to go on; it may lie past the last record, as transactions' control records take up offsets too.
+    """
 
     topic: str
     partition: int
@@ -54,6 +57,7 @@ class Records:
     keys: list[bytes | None]
     values: list[bytes | None]
     append_ms: list[int]
+    next_offset: int
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -64,11 +68,17 @@ class Records:
     def between(self, first: int, end: int) -> "Records":
         """Those with first <= offset < end."""
         lo, hi = bisect_left(self.offsets, first), bisect_left(self.offsets, end)
-        if (lo, hi) == (0, len(self)):
+        if lo == 0 and hi == len(self) and self.next_offset <= end:
             return self
         cut = slice(lo, hi)
         return Records(
-            self.topic, self.partition, self.offsets[cut], self.keys[cut], self.values[cut], self.append_ms[cut]
+            self.topic,
+            self.partition,
+            self.offsets[cut],
+            self.keys[cut],
+            self.values[cut],
+            self.append_ms[cut],
+            min(self.next_offset, end),
         )
 
 

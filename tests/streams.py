@@ -70,6 +70,7 @@ def columns(records: Sequence[Record]) -> Records:
         [r.key for r in records],
         [r.value for r in records],
         [r.append_ms for r in records],
+        records[-1].offset + 1 if records else 0,
     )
 
 

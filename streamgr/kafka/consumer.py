@@ -15,7 +15,7 @@ from typing import TypeVar, cast
 import confluent_kafka
 from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
 
-from streamgr.clock import SystemClock
+from streamgr.clock import Deadline, SystemClock
 from streamgr.config import Kafka
 from streamgr.errors import ConfigError, DataError, RetentionPassed, StreamgrError
 from streamgr.events import Record, Records
@@ -66,7 +66,7 @@ class Consumer:
                     auto_offset_reset="error",
                     enable_auto_commit=False,
                     enable_auto_offset_store=False,
-                    enable_partition_eof=False,
+                    enable_partition_eof=True,
                     partition_assignment_strategy="cooperative-sticky",
                     session_timeout_ms=10_000,
                     heartbeat_interval_ms=2_000,
@@ -144,16 +144,21 @@ class Consumer:
         )
 
     def poll(self, max_records: int = 1000, timeout: float = 0.05) -> list[Record]:
-        """The next records one by one, in order within each partition; else as `fetch`."""
-        batches = self.fetch(max_records, timeout)
-        return [batch[i] for batch in batches for i in range(len(batch))]
+        """The next records one by one, in order within each partition; empty after `timeout` seconds without any."""
+        patience = Deadline(self._clock, timeout)
+        while True:
+            batches = self.fetch(max_records, patience.remaining())
+            records = [batch[i] for batch in batches for i in range(len(batch))]
+            if records or patience.passed():
+                return records
 
     def fetch(self, max_records: int = 1000, timeout: float = 0.05) -> list[Records]:
         """The next records as columns, a batch a partition; empty after `timeout` seconds without any.
 
-        Returns with what is there as soon as there is any: `timeout` is no added latency. Raises `RetentionPassed`
-        where the log no longer holds a position, `DataError` where it ends before one, `ConfigError` where access is
-        denied; what passes by itself is counted and retried.
+        Where the end of a partition is reached, a batch, perhaps without records, says where that is (control records
+        of transactions are passed over). Returns with what is there as soon as there is any: `timeout` is no added
+        latency. Raises `RetentionPassed` where the log no longer holds a position, `DataError` where it ends before
+        one, `ConfigError` where access is denied; what passes by itself is counted and retried.
         """
         first = self._consumer.poll(timeout)
         if first is None:
@@ -161,12 +166,16 @@ class Consumer:
             return []
         messages = [first, *self._consumer.consume(max_records - 1, 0)] if max_records > 1 else [first]
         grouped: dict[Partition, list[Message]] = {}
+        ends: dict[Partition, int] = {}
         for message in messages:
-            if message.error() is not None:
-                self._heed(message)
-                continue
             owner = cast(Partition, (message.topic(), message.partition()))
-            if owner in grouped:
+            if (error := message.error()) is not None:
+                if error.code() != KafkaError._PARTITION_EOF:
+                    self._heed(message)
+                elif owner in self._positions:
+                    ends[owner] = cast(int, message.offset())
+                    grouped.setdefault(owner, [])
+            elif owner in grouped:
                 grouped[owner].append(message)
             elif owner in self._positions:
                 grouped[owner] = [message]
@@ -181,9 +190,11 @@ class Consumer:
                 cast(list[bytes | None], [message.key() for message in taken]),
                 [message.value() for message in taken],
                 [message.timestamp()[1] for message in taken],
+                max(cast(int, taken[-1].offset()) + 1 if taken else 0, ends.get((topic, partition), 0)),
             )
-            self._positions[topic, partition] = batch.offsets[-1] + 1
-            self._append_ms[topic, partition] = batch.append_ms[-1]
+            self._positions[topic, partition] = batch.next_offset
+            if taken:
+                self._append_ms[topic, partition] = batch.append_ms[-1]
             batches.append(batch)
         self._gauge()
         return batches

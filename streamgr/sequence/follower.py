@@ -78,10 +78,10 @@ class Follower:
             raise RetentionPassed(error.what, where=error.where, remedy=remedy) from None
         for records in batches:
             followed = self._followed[records.partition]
-            for bite in range(0, len(records), BITE):
-                end = records.offsets[min(bite + BITE, len(records)) - 1] + 1
+            for bite in range(0, max(1, len(records)), BITE):
+                end = records.offsets[bite + BITE] if bite + BITE < len(records) else records.next_offset
                 with followed.lock:
-                    followed.partition.apply(records.between(records.offsets[bite], end))
+                    followed.partition.apply(records.between(followed.partition.next_offset, end))
         now = self._clock.monotonic()
         if now - self._looked >= LOOK_SECONDS:
             self._looked = now

@@ -4,6 +4,8 @@ What the store holds is asked for in one question a batch, for all items that th
 Two texts under one key stop the work by name: the model could not tell them apart.
 """
 
+from typing import cast
+
 from streamgr.errors import DataError
 from streamgr.events import item_key
 from streamgr.state import codec
@@ -30,6 +32,11 @@ class Items:
             self._same(key, self._texts.get(key, text), text)
             self._keys[text], self._texts[key], self._fresh[key] = key, text, text
         return key
+
+    def keys(self, texts: list[str]) -> list[int]:
+        """The keys of many items."""
+        keys = [*map(self._keys.get, texts)]
+        return [self.key(text) for text in texts] if None in keys else cast(list[int], keys)
 
     def text(self, key: int) -> str | None:
         """The item's text; None if it was never seen."""

@@ -169,8 +169,9 @@ class Partition:
                 before = mark.value
                 if mark.advance(time) and self._emits:
                     self._close(before, offset, append_ms, out, emit)
+        self.next_offset = max(self.next_offset, records.next_offset)
         if outcomes:
-            self.next_offset, self.append_ms = records.offsets[-1] + 1, records.append_ms[-1]
+            self.append_ms = records.append_ms[-1]
             out.kinds.update({name: count for name, count in zip(self._names, counts, strict=True) if count})
             for outcome, append_ms in ((outcomes[i], records.append_ms[i]) for i in (0, -1)):
                 if type(outcome) is Event:
@@ -245,7 +246,7 @@ class Partition:
         if (times and times[-1] >= time) or len(set(ids)) < m:
             return False
         due, appends = time + self._window, records.append_ms[first : first + m]
-        items = [self._items.key(e.item) for e in events]
+        items = self._items.keys([e.item for e in events])
         requests = [self._request(e.request) for e in events]
         order = sorted(range(m), key=ids.__getitem__)
         times.extend([time] * m)
@@ -257,10 +258,16 @@ class Partition:
         tail.appends.extend([appends[i] for i in order])
         self._schedule(uid, tail, due, None)
         self.open_impressions += m * self._emits
-        prefix, pending = codec.event_prefix(uid, time, IMPRESSION), self._events
-        for e, item, append_ms, offset in zip(events, items, appends, records.offsets[first : first + m], strict=True):
-            value = (e.event_id, item, append_ms, due, False, offset, e.request, e.surface, e.position, e.features)
-            pending.append((prefix + codec.event_digest(e.event_id), codec.encode_event(value)))
+        offsets = records.offsets[first : first + m]
+        self._events += codec.encode_events(
+            uid,
+            time,
+            IMPRESSION,
+            [
+                (e.event_id, item, append_ms, due, False, offset, e.request, e.surface, e.position, e.features)
+                for e, item, append_ms, offset in zip(events, items, appends, offsets, strict=True)
+            ],
+        )
         return True
 
     def _whose(self, user: str) -> tuple[bytes, Tail]:

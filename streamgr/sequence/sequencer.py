@@ -143,9 +143,10 @@ class Sequencer:
         for records in consumer.fetch():
             if ends is not None:
                 records = records.between(0, ends[records.partition])
-            if records and (partition := self._partitions.get(records.partition)):
-                span = self._spans.setdefault(records.partition, [records.append_ms[0], 0])
-                span[1] = records.append_ms[-1]
+            if partition := self._partitions.get(records.partition):
+                if records:
+                    span = self._spans.setdefault(records.partition, [records.append_ms[0], 0])
+                    span[1] = records.append_ms[-1]
                 self._apply(partition, records, producer)
         if ends is None:  # a backfill adds nothing to what it works off
             self._heartbeat(producer)

@@ -13,9 +13,10 @@ Every event value starts with its version.
 """
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from hashlib import blake2b
+from typing import Any
 
 import msgspec
 
@@ -66,19 +67,9 @@ def uid(user: str) -> bytes:
 
 def event_key(user: bytes, time: int, kind: int, event_id: str) -> bytes:
     """Where an event lies; `user` is its `uid`. The same identity (decision 9) gives the same key."""
-    return event_prefix(user, time, kind) + event_digest(event_id)
-
-
-def event_prefix(user: bytes, time: int, kind: int) -> bytes:
-    """What the keys of a user's events of one time and kind begin with."""
-    return user + _event_head.pack(_U64 - time, kind)
-
-
-def event_digest(event_id: str) -> bytes:
-    """What they end with."""
     digest = _event_digest.copy()
     digest.update(event_id.encode())
-    return digest.digest()
+    return user + _event_head.pack(_U64 - time, kind) + digest.digest()
 
 
 def scan_key(user: bytes, before: int | None = None) -> bytes:
@@ -95,6 +86,17 @@ def split_event_key(key: bytes) -> tuple[int, int]:
 def encode_event(event: "Stored | tuple[object, ...]") -> bytes:
     """The bytes of an event's value; `event` may be a plain tuple of `Stored`'s fields (its bytes are the same)."""
     return _HEAD + _encoder.encode(event)
+
+
+def encode_events(user: bytes, time: int, kind: int, rows: Iterable[tuple[Any, ...]]) -> list[tuple[bytes, bytes]]:
+    """The keys and values of a user's events of one time and kind; a row is a tuple of `Stored`'s fields."""
+    prefix, new_digest, encode = user + _event_head.pack(_U64 - time, kind), _event_digest.copy, _encoder.encode
+    pairs = []
+    for row in rows:
+        digest = new_digest()
+        digest.update(row[0].encode())
+        pairs.append((prefix + digest.digest(), _HEAD + encode(row)))
+    return pairs
 
 
 def decode_event(value: bytes) -> Stored:

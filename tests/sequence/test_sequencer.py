@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import confluent_kafka
 import msgspec
 import pytest
 from confluent_kafka import TopicPartition
@@ -20,8 +21,9 @@ from streamgr.kafka.consumer import Consumer
 from streamgr.kafka.embedded import EmbeddedBroker
 from streamgr.kafka.producer import Producer
 from streamgr.sequence import examples as wire
+from streamgr.sequence import maintenance, views
 from streamgr.sequence import sequencer as module
-from streamgr.sequence import views
+from streamgr.sequence.follower import Follower
 from streamgr.sequence.partition import Partition
 from streamgr.sequence.sequencer import Sequencer
 from streamgr.service import Stop
@@ -73,6 +75,23 @@ class Town:
             found += consumer.poll()
         consumer.close()
         return sorted(found, key=lambda r: (r.partition, r.offset))
+
+    def ends(self) -> dict[int, int]:
+        """The end offset of each partition of the events."""
+        consumer, name = Consumer(self.config.kafka, client_id="test"), self.config.topic("events")
+        ends = {p: consumer.bounds(name, p)[1] for p in range(PARTITIONS)}
+        consumer.close()
+        return ends
+
+    def committed(self) -> dict[int, int]:
+        """What the group tells lag tools."""
+        consumer = confluent_kafka.Consumer(
+            {"bootstrap.servers": self.config.kafka.bootstrap, "group.id": self.config.group("sequencer")}
+        )
+        asked = [TopicPartition(self.config.topic("events"), p) for p in range(PARTITIONS)]
+        found = {p.partition: p.offset for p in consumer.committed(asked, 10)}
+        consumer.close()
+        return found
 
     def accepted(self) -> list[tuple[int, int, str, str, tuple[str, ...]]]:
         """Targets as a reader takes them (decision 3): by partition, each position once, none missing."""
@@ -319,6 +338,51 @@ def test_a_recreated_topic_is_refused(real: Town) -> None:
     until(lambda: not [f for f in topics.apply(real.config.kafka, specs) if f.level == "fail"])
     with pytest.raises(ConfigError, match=r"the topic was recreated.*remove"):
         real.role().run_until_end()
+
+
+def test_what_transactions_leave_in_the_log_is_passed_over(
+    real: Town, running: Callable[[Sequencer, Stop], threading.Thread]
+) -> None:
+    """Their control records take up offsets and never arrive; aborted events are not to be seen."""
+    stream = rows(10, 400)
+    producer = confluent_kafka.Producer(
+        {
+            "bootstrap.servers": real.config.kafka.bootstrap,
+            "transactional.id": real.config.kafka.topic_prefix,
+            "partitioner": "murmur2_random",
+        }
+    )
+    producer.init_transactions(10)
+    for n, part in enumerate((stream[:150], stream[150:200], stream[200:], heartbeats(120_000, PARTITIONS))):
+        producer.begin_transaction()
+        for key, value, partition in part:
+            where = {} if partition is None else {"partition": partition}
+            producer.produce(real.config.topic("events"), value, key, **where)
+        if n == 1:
+            producer.flush(10)
+            producer.abort_transaction(10)
+        else:
+            producer.commit_transaction(10)
+    real.role().run_until_end()
+    until(lambda: all(row["next_offset"] == real.ends()[row["partition"]] for row in maintenance.show(real.directory)))
+    follower = Follower(real.config, real.clock, Log("scorer", real.config.telemetry, real.clock))
+    follower.open()
+
+    def ready() -> bool:
+        follower.step()
+        return not follower.why_not_ready() and follower.age_seconds() == 0
+
+    until(ready)
+    shown = {s["user_id"]: follower.sequence(s["user_id"]) for s in views.export(real.directory)}
+    follower.close()
+    assert [*shown.values()] == list(views.export(real.directory))
+    aborted = {json.loads(value)["event_id"] for _, value, _ in stream[150:200] if value}
+    kept = {json.loads(value)["event_id"] for _, value, _ in stream[:150] + stream[200:] if value}
+    seen = {event["event_id"] for s in shown.values() for event in s["events"]}
+    assert not seen & (aborted - kept)
+    stop = Stop()
+    running(real.role(stop=stop), stop)
+    until(lambda: real.committed() == real.ends())
 
 
 def test_heartbeats_where_nobody_else_sends_them(

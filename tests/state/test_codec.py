@@ -2,6 +2,7 @@
 
 import hashlib
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -70,6 +71,8 @@ def test_a_tuple_of_the_same_fields_has_the_same_bytes() -> None:
 
 
 @given(st.binary(min_size=16, max_size=16), TIMES, st.integers(0, 31), st.text(min_size=1, max_size=128))
-def test_a_key_is_its_prefix_and_its_digest(user: bytes, time: int, kind: int, event_id: str) -> None:
-    plain = hashlib.blake2b(event_id.encode(), digest_size=8).digest()
-    assert codec.event_key(user, time, kind, event_id) == codec.event_prefix(user, time, kind) + plain
+def test_many_at_once_are_as_one_by_one(user: bytes, time: int, kind: int, event_id: str) -> None:
+    rows = [(event_id, *msgspec.structs.astuple(FULL)[1:]), msgspec.structs.astuple(BARE)]
+    plain = [(codec.event_key(user, time, kind, row[0]), codec.encode_event(row)) for row in rows]
+    assert codec.encode_events(user, time, kind, rows) == plain
+    assert plain[0][0].endswith(hashlib.blake2b(event_id.encode(), digest_size=8).digest())
