@@ -27,7 +27,8 @@ Json = dict[str, Any]
 
 def shown(n: int, user: str, time: int, **more: object) -> Json:
     return {
-        "type": "impression", "event_id": f"e{n}", "user_id": user, "item_id": f"i{n % 997}", "event_time": time, **more,
+        "type": "impression", "event_id": f"e{n}", "user_id": user, "item_id": f"i{n % 997}", "event_time": time,
+        **more,
     }  # fmt: skip
 
 
@@ -128,8 +129,9 @@ def test_the_largest_events_there_can_be_fit_into_examples_and_dead_letters(tmp_
 
 def test_a_long_sequence_is_read_in_parts(tmp_path: Path) -> None:
     run = Run(tmp_path, LONG)
-    events = [shown(n, "u", 10 * n) for n in range(3_000)]
-    events += [{"type": "click", "event_id": "c", "user_id": "u", "item_id": "i3", "event_time": 10 * 3 + 50_000}]
+    events = [shown(n, "u", 10 * n) for n in range(3_000)]  # META has a window of 100 ms
+    events[3]["item_id"] = "only once"
+    events += [{"type": "click", "event_id": "c", "user_id": "u", "item_id": "only once", "event_time": 110}]
     run.apply(records(events, append_ms=100_000))
     run.partition.commit()
     whole = views.sequence(run.store, "u")["events"]
