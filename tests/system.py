@@ -16,6 +16,8 @@ from typing import Any
 
 from confluent_kafka import Consumer, Producer, TopicPartition
 
+from streamgr.kafka.embedded import DIE_WITH_PARENT
+
 Json = dict[str, Any]
 PARTITIONS = 4
 
@@ -76,8 +78,12 @@ class System:
     def start(self, *argv: str) -> "subprocess.Popen[bytes]":
         """A role in the background; its log lies in the directory."""
         log = (self.directory / f"{argv[0]}-{len(self._children)}.log").open("wb")
+        role = [sys.executable, "-m", "streamgr", *argv]
         child = subprocess.Popen(
-            [sys.executable, "-m", "streamgr", *argv], env=self._environment, stdout=log, stderr=subprocess.STDOUT
+            [sys.executable, "-I", "-S", "-c", DIE_WITH_PARENT, str(os.getpid()), *role],  # even a killed test run's
+            env=self._environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
         log.close()
         self._children.append(child)
