@@ -6,7 +6,7 @@ Two texts under one key stop the work by name: the model could not tell them apa
 
 from typing import cast
 
-from streamgr.errors import DataError
+from streamgr.errors import Damaged, DataError
 from streamgr.events import item_key
 from streamgr.state import codec
 from streamgr.state.rocks import Batch
@@ -38,8 +38,16 @@ class Items:
         keys = [*map(self._keys.get, texts)]
         return [self.key(text) for text in texts] if None in keys else cast(list[int], keys)
 
-    def text(self, key: int) -> str | None:
-        """The item's text; None if it was never seen."""
+    def text(self, key: int) -> str:
+        """The text of an item that an event names. Raises `Damaged` where it is missing."""
+        text = self._texts.get(key) or self.find(key)
+        if text is None:
+            self._store.database.condemn()
+            raise Damaged(f"the item {key:016x} has no text", where=str(self._store.path))
+        return text
+
+    def find(self, key: int) -> str | None:
+        """The text of whatever item; None if it was never seen."""
         text = self._texts.get(key)
         if text is None and (text := self._store.item_text(key)) is not None:
             self._keys[text], self._texts[key] = key, text

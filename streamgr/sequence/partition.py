@@ -6,23 +6,19 @@ as they come; `commit` writes that batch with the next offset. Dropping a partit
 nothing: its records come again and say the same.
 
 Per event: find the user's tail (read back from the store where it is not at hand), the event's place in it (or that it
-is there already), what it joins; then schedule when its label closes. Per step of the watermark: the users who have
-something due, by key; their targets, cut into examples.
+is there already), what it joins; then schedule when its label closes. Per step of the watermark: `closing`.
 
 With `keep_seconds` events older than the watermark minus that are out of the sequence: at once for every reader,
 whatever the sweeper has got to (`sweeper`). The first watermark that passes an event decides, so that is a function of
 the records too.
 """
 
-from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from streamgr import config
 from streamgr.clock import milliseconds
-from streamgr.errors import DataError
 from streamgr.events import (
     IMPRESSION,
     PROFILE,
@@ -38,6 +34,7 @@ from streamgr.events import (
 )
 from streamgr.sequence import examples as wire
 from streamgr.sequence import join
+from streamgr.sequence.closing import Closer, Emit, Step, nobody
 from streamgr.sequence.items import Items
 from streamgr.sequence.sweeper import Sweeper
 from streamgr.sequence.tail import DECIDED, EVER, LATE, ORGANIC, SHOWN, Tail, Token, ranks
@@ -48,11 +45,6 @@ from streamgr.state import codec
 from streamgr.state.store import Progress, Store
 
 WORTH_TRIMMING = 16  # rows
-Emit = Callable[[bytes, bytes], None]  # takes an example: its user as the key, and its bytes
-
-
-def nobody(key: bytes, value: bytes) -> None:
-    """Where examples go that nobody wants."""
 
 
 @dataclass(slots=True)
@@ -86,19 +78,20 @@ class Partition:
             settings.actions, milliseconds(settings.max_future_seconds), self._window + lateness + step
         )
         p = store.progress
-        self.next_offset, self.append_ms, self.last, self.open_impressions = (
-            p.next_offset,
-            p.append_ms,
-            p.last,
-            p.open_impressions,
-        )
+        self.next_offset, self.append_ms, self.open_impressions = p.next_offset, p.append_ms, p.open_impressions
         self._watermark = Watermark(lateness, step, milliseconds(settings.max_step_seconds), p.seen, p.watermark)
-        self._users, self._items, self._timers = (
-            Users(store, self._rank, settings.cached_events),
-            Items(store),
-            Timers(store),
+        self._users = Users(store, self._rank, settings.cached_events)
+        self._items, self._timers, self._sweeper = Items(store), Timers(store), Sweeper(store)
+        self._closer = Closer(
+            self._users,
+            self._items,
+            self._timers,
+            window_ms=self._window,
+            keep_ms=self._keep,
+            history_length=self._history,
+            fingerprint=fingerprint,
+            last=p.last,
         )
-        self._sweeper = Sweeper(store)
         if emits:
             self._users.closed = -1 if p.watermark is None else p.watermark
         # A slate is taken whole where the watermark cannot come near it: what its first record closes is older than it.
@@ -166,9 +159,12 @@ class Partition:
                 out.dead_letters.append((records[i - 1], outcome))  # type: ignore[arg-type]
                 continue
             if mark.seen is None or time > mark.seen:
-                before = mark.value
-                if mark.advance(time) and self._emits:
-                    self._close(before, offset, append_ms, out, emit)
+                before = -1 if mark.value is None else mark.value
+                if mark.advance(time) and mark.value is not None and self._emits:
+                    closed = self._closer.close(Step(before, mark.value, offset, append_ms), emit, self._touched)
+                    out.examples += closed.examples
+                    out.targets += closed.targets
+                    self.open_impressions -= closed.impressions
         self.next_offset = max(self.next_offset, records.next_offset)
         if outcomes:
             self.append_ms = records.append_ms[-1]
@@ -187,7 +183,8 @@ class Partition:
         self._timers.write(batch)
         if self._keep and mark.value is not None:
             self._users.forget(self._sweeper.sweep(mark.value - self._keep, batch, spare=self._touched))
-        progress = Progress(self.next_offset, mark.seen, mark.value, self.last, self.append_ms, self.open_impressions)
+        last = self._closer.last
+        progress = Progress(self.next_offset, mark.seen, mark.value, last, self.append_ms, self.open_impressions)
         self.store.write(batch, progress)
         for uid in self._touched:
             if (tail := self._users.at_hand(uid)) is not None:
@@ -216,7 +213,8 @@ class Partition:
         return self._users.knows(user)
 
     def item_text(self, key: int) -> str | None:
-        return self._items.text(key)
+        """The item behind a key; None if it was never seen."""
+        return self._items.find(key)
 
     def _begin(self) -> None:
         """An empty batch; nothing pending."""
@@ -346,71 +344,6 @@ class Partition:
         self._events.append((key, codec.encode_event(value)))
         out.late += late
         return True
-
-    def _close(self, before: int | None, offset: int, append_ms: int, out: Applied, emit: Emit) -> None:
-        """The watermark moved from `before` by the record at `offset`: emit the targets it closes."""
-        upto = self._watermark.value
-        assert upto is not None
-        lower = -1 if before is None else before
-        oldest = lower - self._keep if self._keep else EVER
-        n = 0
-        for uid, behind in self._timers.due(lower, upto):
-            tail = self._users.find(uid)
-            if tail is None:  # erased since
-                continue
-            self._touched.add(uid)
-            first = lower - self._window + 1
-            self._users.cover(uid, tail, first if behind is None else min(behind, first), self._history)
-            found = join.targets(tail, lower, upto, self._window, behind=behind, oldest=oldest)
-            for chunk in join.chunks(found.rows, self._history):
-                rows, labels = found.rows[chunk], found.labels[chunk]
-                example = self._example(tail, rows, labels, position=(offset, n), oldest=oldest, append_ms=append_ms)
-                emit(tail.user.encode(), wire.encode(example))
-                n += 1
-            out.targets += len(found.rows)
-            self.open_impressions -= found.impressions
-        out.examples += n
-        self._users.closed = upto
-
-    def _example(
-        self, tail: Tail, rows: list[int], labels: list[int], *, position: wire.Position, oldest: int, append_ms: int
-    ) -> wire.WireExample:
-        """What the closing of these rows teaches, with the window that ends with them."""
-        end = rows[-1] + 1
-        start = max(0, end - self._history) if self._history else rows[0]
-        if self._keep:
-            start = max(start, bisect_left(tail.times, oldest))
-        prev, self.last = self.last, position
-        watermark = self._watermark.value
-        assert watermark is not None
-        return wire.WireExample(
-            wire.FORMAT,
-            self.fingerprint,
-            position,
-            prev,
-            tail.user,
-            watermark,
-            append_ms,
-            tail.kinds[start:end].tobytes(),
-            tail.items[start:end].tobytes(),
-            tail.times[start:end].tobytes(),
-            tail.requests[start:end].tobytes(),
-            array("I", [row - start for row in rows]).tobytes(),
-            array("I", labels).tobytes(),
-            array("q", [tail.appends[row] for row in rows]).tobytes(),
-            [self._text(tail.items[row]) for row in rows],
-            [tail.ids[row] for row in rows],
-        )
-
-    def _text(self, key: int) -> str:
-        text = self._items.text(key)
-        if text is None:
-            raise DataError(
-                f"the item {key:016x} has no text",
-                where=str(self.store.path),
-                remedy="the store is damaged: remove it and rebuild it from the log",
-            )
-        return text
 
     def _erase(self, user: str) -> None:
         """Forget the user: events, name, tail. His timers find nobody when they fall due."""
