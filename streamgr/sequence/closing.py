@@ -1,8 +1,8 @@
 """What one step of the watermark closes: the users who have something due, by key; their targets, cut into examples.
 
 An example's history is the sequence as it stood after the record that moved the watermark, cut to `history_length`.
-What is older than is kept does not belong to it: judged by the watermark before the step, for that is what every process
-that may have to say the same again can still look back to.
+What is older than is kept does not belong to it: judged by the watermark before the step, for so far back can every
+process look that may have to say the same again.
 """
 
 from array import array
