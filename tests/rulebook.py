@@ -5,9 +5,8 @@ after the other, its key. Within a field: is it there, is it of the right type, 
 
 - What JSON is, is the grammar's matter: 1e999 and a thousand digits are numbers, ignored in unknown fields. In known
   ones a float (any literal with a point or an exponent) is of the wrong type, an integer beyond 64 bits out of range.
-- A lone surrogate escape is within JSON's grammar but no text. It is found where a known field is read, before the
-  field's type is looked at, anywhere inside it (also in a member of `features` that a later one of the same name
-  replaces). What is not read (unknown fields, a profile's `item_id`, all but two fields of a heartbeat) may hold one.
+- A lone surrogate escape is within JSON's grammar but no text, and readers differ in what they make of it (RFC 8259,
+  8.2): wherever it stands, also where nobody reads, the value is not JSON.
 - -0 is the integer 0. The year 0000 exists (RFC 3339) and lies before 1970: out of range. A second 60 is the next
   minute's first.
 - Members of `features` are judged as they stand, each for its type before its lengths; after all of them their number.
@@ -118,6 +117,8 @@ def _object(value: bytes) -> Members:
         depth += 1 if bracket in "[{" else -1
         if depth > MAX_DEPTH:
             raise Bad("invalid_json")
+    if _lone_surrogate(parsed):
+        raise Bad("invalid_json")
     if not isinstance(parsed, Members):
         raise Bad("not_an_object")
     return parsed
@@ -134,10 +135,7 @@ def _no_json(constant: str) -> None:
 
 def _optional(fields: Members, name: str) -> Any:
     """A known field's value; None where it is null or absent."""
-    value = fields.get(name)
-    if _lone_surrogate(value):
-        raise Bad("invalid_json")
-    return value
+    return fields.get(name)
 
 
 def _required(fields: Members, name: str) -> Any:

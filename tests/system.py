@@ -153,11 +153,12 @@ class System:
     # --- what an operator sees ---
 
     def exported(self) -> list[Json]:
-        return [json.loads(line) for line in self.run("sequences", "export").splitlines()]
+        return [json.loads(line) for line in self.run("sequences", "export").split("\n") if line]
 
     def examples(self) -> Iterator[Json]:
-        for line in self.run("examples", "list").splitlines():
-            yield json.loads(line)
+        for line in self.run("examples", "list").split("\n"):  # a text may hold other line separators, unescaped
+            if line:
+                yield json.loads(line)
 
     def post(self, path: str, body: Json) -> tuple[int, Json]:
         request = urllib.request.Request(

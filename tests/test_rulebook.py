@@ -128,7 +128,7 @@ def test_depth() -> None:
     assert raw(other="[" + ",".join(["[]", "{}"] * 200) + "]") == GOOD
 
 
-@pytest.mark.parametrize("text", ["[]", '"type"', "1", "1e999", "9" * 5000, "null", "true", LONE])
+@pytest.mark.parametrize("text", ["[]", '"type"', "1", "1e999", "9" * 5000, "null", "true"])
 def test_not_an_object(text: str) -> None:
     assert verdict(text.encode(), None) == "not_an_object"
 
@@ -140,13 +140,16 @@ def test_lone_surrogates() -> None:
         assert raw(**{name: r'"\udc00\ud800"'}) == "invalid_json"
     for features in (LONE, f"[1.5, {LONE}]", f'{{"a": {LONE}}}', f"{{{LONE}: null}}", f'{{"a": {LONE}, "a": 1}}'):
         assert raw(features=features) == "invalid_json"
-    assert raw(other=f"{{{LONE}: [{LONE}]}}", **{r"\ud800": "1"}) == GOOD
-    assert raw(event_id=f'{LONE}, "event_id": "e"') == GOOD  # the last one counts
-    assert isinstance(raw(type='"profile"', item_id=LONE), dict)
-    assert isinstance(raw(None, type='"heartbeat"', event_id=LONE), dict)
-    # found when the field is read: not before
-    assert raw(event_id="7", user_id=LONE) == "wrong_type"
-    assert raw(user_id=LONE, item_id="7.5") == "invalid_json"
+    for where in (  # where nobody reads
+        raw(other=f"{{{LONE}: [{LONE}]}}"),
+        raw(**{r"\ud800": "1"}),
+        raw(event_id=f'{LONE}, "event_id": "e"'),
+        raw(type='"profile"', item_id=LONE),
+        raw(None, type='"heartbeat"', event_id=LONE),
+        raw(event_id="7", user_id=LONE),
+        verdict(LONE.encode()),
+    ):
+        assert where == "invalid_json"
 
 
 @pytest.mark.parametrize("name", ["type", "event_id", "user_id", "item_id", "event_time"])

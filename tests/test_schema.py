@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
-from streamgr.events import BadRecord, Decoder, Record
+from streamgr.decoder import Decoder
+from streamgr.events import BadRecord, Record
 from tests.streams import columns
 
 TOPICS = Path(__file__).resolve().parents[1] / "topics"

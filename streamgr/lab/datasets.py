@@ -10,7 +10,7 @@
 Without a name the header decides. `--column FIELD=COLUMN` maps other files: FIELD is a field of the event,
 `features.NAME`, or `event_time_s` for seconds; a COLUMN that starts with `=` is a constant (`type==click`). A row
 without an id gets `<name>-<row number>`, so that publishing a file again changes nothing. Every row passes the same
-rule book as every record (`events.Decoder`); one that breaks it is an error naming file and line, or is counted.
+rule book as every record (`decoder.Decoder`); one that breaks it is an error naming file and line, or is counted.
 """
 
 import csv
@@ -26,8 +26,9 @@ from typing import IO, Any, NamedTuple
 import msgspec
 
 from streamgr import events
+from streamgr.decoder import Decoder
 from streamgr.errors import DataError, UsageError
-from streamgr.events import BadRecord, Decoder, Event, Heartbeat, Record
+from streamgr.events import BadRecord, Event, Heartbeat, Record
 
 Json = dict[str, Any]
 FIELDS = ("type", "event_id", "user_id", "item_id", "event_time", "request_id", "surface", "position")

@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 
 from streamgr import config
 from streamgr.clock import milliseconds
+from streamgr.decoder import Decoder
 from streamgr.events import (
     IMPRESSION,
     PROFILE,
     BadRecord,
-    Decoder,
     Erasure,
     Event,
     Heartbeat,

@@ -11,7 +11,8 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from streamgr.events import INT64_MAX, INT64_MIN, MAX_ID, parse_time
+from streamgr.decoder import parse_time
+from streamgr.events import INT64_MAX, INT64_MIN, MAX_ID
 
 MAX_CANDIDATES = 4_096
 MAX_BODY_BYTES = 1 << 20

@@ -29,7 +29,8 @@ from confluent_kafka import TopicPartition
 
 from streamgr import config
 from streamgr.config import Kafka
-from streamgr.events import Decoder, Records
+from streamgr.decoder import Decoder
+from streamgr.events import Records
 from streamgr.kafka.consumer import Consumer
 from streamgr.sequence.partition import Partition
 from streamgr.sequence.views import store_paths

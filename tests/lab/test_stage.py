@@ -9,7 +9,7 @@ import pytest
 
 from streamgr.clock import Deadline, SystemClock
 from streamgr.config import Config, Kafka, Scorer, load
-from streamgr.events import Decoder
+from streamgr.decoder import Decoder
 from streamgr.lab import stage
 from streamgr.lab.children import ChildFailed, Children
 
