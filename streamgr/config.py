@@ -65,7 +65,7 @@ class Sequence(Section, frozen=True):
     max_step_seconds: Seconds = 0.0  # 0: the watermark may jump; replays of old logs: 86400
     heartbeat_seconds: Seconds = 0.0  # 0: somebody else sends them, or nobody
     drain_seconds: Positive = 25.0  # told to stop: so long for the last commit and the hand-over
-    cached_events: Count = 1_000_000  # decoded events at hand, all users of a process together
+    cached_events: Count = 4_000_000  # decoded events at hand, all users of a process together
 
     def __post_init__(self) -> None:
         if not self.actions or len(self.actions) > 30 or len(set(self.actions)) != len(self.actions):

@@ -11,10 +11,13 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from streamgr.events import FIRST_ACTION, IMPRESSION, PROFILE
 from streamgr.sequence.tail import DECIDED, LATE, ORGANIC, SHOWN, Tail
 
-NEAR, FARTHER = 256, 8  # rows searched first, and how much wider each further search is
+NEAR, FARTHER = 64, 8  # rows searched first, and how much wider each further search is
+FEW = 256  # rows up to which a plain loop beats numpy
 SPAN = 256  # rows that the targets of one example span at most, so that it fits into a message whatever its texts
 
 _ACTION = re.compile(b"[^" + bytes((PROFILE, IMPRESSION)) + b"]")
@@ -65,9 +68,8 @@ def targets(tail: Tail, before: int, upto: int, window_ms: int, *, behind: int |
     if shown:
         wanted, begin = {items[row] for row in shown}, shown[0] + 1
         end = bisect_left(times, times[shown[-1]] + window_ms, begin)
-        for match in _ACTION.finditer(kinds[begin:end].tobytes()):
-            row = begin + match.start()
-            if items[row] in wanted and states[row] != LATE:
+        for row in _acted(tail, begin, end, wanted):
+            if states[row] != LATE:
                 joined = find(tail, row, max(times[row] - window_ms, oldest - 1), items[row], tail.requests[row])
                 if joined in labels:
                     labels[joined] |= 1 << (kinds[row] - FIRST_ACTION)
@@ -81,6 +83,16 @@ def targets(tail: Tail, before: int, upto: int, window_ms: int, *, behind: int |
         return Targets(shown, list(labels.values()), len(shown))
     rows = sorted(labels)
     return Targets(rows, [labels[row] for row in rows], len(shown))
+
+
+def _acted(tail: Tail, begin: int, end: int, wanted: set[int]) -> list[int]:
+    """The rows from begin to end that are actions on one of these items, ascending."""
+    items, kinds = tail.items[begin:end], tail.kinds[begin:end].tobytes()
+    if end - begin <= FEW:
+        return [begin + m.start() for m in _ACTION.finditer(kinds) if items[m.start()] in wanted]
+    acted = np.flatnonzero(np.frombuffer(kinds, np.uint8) >= FIRST_ACTION)
+    among = np.isin(np.frombuffer(items, np.uint64)[acted], np.fromiter(wanted, np.uint64, len(wanted)))
+    return [begin + row for row in acted[among].tolist()]
 
 
 def _waiting(tail: Tail, first: int, last: int, state: int) -> list[int]:

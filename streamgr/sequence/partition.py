@@ -94,6 +94,7 @@ class Partition:
         )
         if emits:
             self._users.closed = -1 if p.watermark is None else p.watermark
+        self._open = SHOWN if emits else DECIDED  # what becomes of an impression: a follower waits for nothing
         # A slate is taken whole where the watermark cannot come near it: what its first record closes is older than it.
         self.slates = lateness > 0 and settings.max_step_seconds == 0
         self._asked = "", 0  # the last request's text and key
@@ -249,7 +250,7 @@ class Partition:
         order = sorted(range(m), key=ids.__getitem__)
         times.extend([time] * m)
         tail.kinds.extend([IMPRESSION] * m)
-        tail.states.extend([SHOWN] * m)
+        tail.states.extend([self._open] * m)
         tail.ids.extend([ids[i] for i in order])
         tail.items.extend([items[i] for i in order])
         tail.requests.extend([requests[i] for i in order])
@@ -313,19 +314,24 @@ class Partition:
             from_time = time if kind == IMPRESSION else time - self._window + 1
             if tail.since > from_time:
                 self._users.cover(uid, tail, from_time)
-            i = len(times) if times and times[-1] < time else tail.place(time, kind, e.event_id, self._rank)
+            if times and times[-1] < time:
+                i = len(times)
+            else:
+                if tail.lacks_ids(time):
+                    self._users.recall(uid, tail, time)
+                i = tail.place(time, kind, e.event_id, self._rank)
             if i < 0:
                 out.duplicates += 1
                 return False
             item, request = self._items.key(e.item), self._request(e.request)
             if kind == IMPRESSION:
-                due, state = time + self._window, SHOWN
+                due, state = time + self._window, self._open
                 if watermark is not None and due <= watermark:
                     due, state, late = codec.NEVER, LATE, True
             else:
                 j = join.find(tail, i, max(time - self._window, cut - 1), item, request)
                 if j < 0:  # organic so far: a target when the watermark reaches it, at the next step if it has
-                    due, state = time, ORGANIC
+                    due, state = time, ORGANIC if self._emits else DECIDED
                     if watermark is not None and time <= watermark:
                         due, behind = watermark + 1, time
                 elif watermark is not None and times[j] + self._window <= watermark:
@@ -362,9 +368,11 @@ class Partition:
         self._last = None
 
     def _trim(self, tail: Tail) -> None:
-        """Keep the open labels and one window before them; cut only when it is worth it."""
-        keep = min(len(tail) - 1, join.first_open(tail, self._watermark.value, self._window) - self._history)
-        if keep > max(self._history, WORTH_TRIMMING):
+        """Keep the open labels and a history before them; cut only when it is worth it."""
+        first_open = join.first_open(tail, self._watermark.value, self._window)
+        tail.let_go(first_open)
+        keep = min(len(tail) - 1, first_open - self._history)
+        if keep > max(self._history // 2, WORTH_TRIMMING):
             tail.trim(keep)
 
 

@@ -46,7 +46,7 @@ class Sweeper:
         """The keys of a user's events before the cut, but for the profile that still holds."""
         gone: list[bytes] = []
         holds: tuple[int, str, bytes] | None = None
-        for key, time, kind, event in self._store.stored(uid, cut):
+        for key, time, kind, event in self._store.events(uid, cut):
             if kind == PROFILE and (holds is None or (time, event.event_id) > holds[:2]):
                 if holds is not None:
                     gone.append(holds[2])

@@ -2,14 +2,15 @@
 
 A partition has one writer, so what it keeps of its users is exact: a tail holds every event (impressions and actions,
 no profiles) with time >= `since`, stored or about to be. Columns are `array`s: they grow at the end, open in the middle
-at the speed of memmove, are searched as bytes and go onto the wire as they are. Sequence order: time, then impressions
-before actions by kind name, then event id (decision 9).
+at the speed of memmove, are searched as bytes and go onto the wire as they are. Event ids, most of the weight, are held
+only as long as they are wanted: where the label is open, and until the row is in the store. Sequence order: time, then
+impressions before actions by kind name, then event id (decision 9).
 """
 
 import sys
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,25 +46,69 @@ class Token(NamedTuple):
     state: int
 
 
+Row = tuple[int, int, str, int, int, int, int, int]  # (time, rank, event id, kind, item, request, append_ms, state)
+
+
 class Tail:
     """Columns in sequence order, oldest first; row i of each is one event. Only its partition writes it.
 
-    scheduled: the step at which the user's labels were last asked to be closed (`timers`), so as to ask once.
+    ids: "" for an id that is let go. scheduled: the step at which the user's labels were last asked to be closed
+    (`timers`), so as to ask once.
     """
 
-    __slots__ = ("appends", "ids", "items", "kinds", "requests", "scheduled", "since", "states", "times", "user")
+    __slots__ = (
+        "_let_go",
+        "appends",
+        "ids",
+        "items",
+        "kinds",
+        "requests",
+        "scheduled",
+        "since",
+        "states",
+        "times",
+        "user",
+    )
 
     def __init__(self, user: str = "", since: int = EVER) -> None:
         self.user, self.since, self.scheduled = user, since, -1
         self.times, self.kinds, self.states = array("q"), array("B"), array("B")
         self.items, self.requests, self.appends = array("Q"), array("Q"), array("q")
         self.ids: list[str] = []
+        self._let_go = 0  # rows before this one have no id, unless it is wanted
 
     def __len__(self) -> int:
         return len(self.times)
 
+    def at(self, time: int) -> tuple[int, int]:
+        """The rows of one time: from, to."""
+        start = bisect_left(self.times, time)
+        return start, bisect_left(self.times, time + 1, start)
+
+    def lacks_ids(self, time: int) -> bool:
+        """Whether ids have been let go that `place` needs."""
+        start, end = self.at(time)
+        return "" in self.ids[start:end]
+
+    def recall(self, time: int, stored: list[tuple[int, str]], rank: Sequence[int]) -> None:
+        """Put ids back. stored: (rank, event id) of every stored event of this time."""
+        start, end = self.at(time)
+        here = {(rank[self.kinds[row]], self.ids[row]) for row in range(start, end)}
+        missing = iter(sorted(set(stored) - here))  # both are in sequence order
+        for row in range(start, end):
+            if not self.ids[row]:
+                self.ids[row] = next(missing)[1]
+        self._let_go = min(self._let_go, start)
+
+    def let_go(self, upto: int) -> None:
+        """Let go of ids before row `upto`, all of it stored, but for those of open labels."""
+        if (begin := self._let_go) < upto:
+            states = self.states[begin:upto]
+            self.ids[begin:upto] = [i if s > LATE else "" for i, s in zip(self.ids[begin:upto], states, strict=True)]
+            self._let_go = upto
+
     def place(self, time: int, kind: int, event_id: str, rank: Sequence[int]) -> int:
-        """Where the event belongs; -1 - i where row i is this very event."""
+        """Where the event belongs; -1 - i where row i is this very event. Needs the ids of its time (`lacks_ids`)."""
         times, n = self.times, len(self.times)
         if not n or times[-1] < time:
             return n
@@ -71,8 +116,7 @@ class Tail:
         order = (rank[kind], event_id)
         if times[-1] == time and order > (rank[kinds[-1]], ids[-1]):
             return n
-        start = bisect_left(times, time)
-        end = bisect_left(times, time + 1, start)
+        start, end = self.at(time)
         i = bisect_left(range(start, end), order, key=lambda row: (rank[kinds[row]], ids[row])) + start
         if i < end and (rank[kinds[i]], ids[i]) == order:
             return -1 - i
@@ -95,17 +139,21 @@ class Tail:
         self.appends.append(append_ms)
         self.states.append(state)
 
-    def extend_back(self, older: Iterable[Token], since: int, rank: Sequence[int]) -> None:
+    def extend_back(self, older: list[Row], since: int) -> None:
         """Put events before all others, in any order; the tail is whole down to `since` from then on."""
-        if rows := sorted(older, key=lambda t: (t.time, rank[t.kind], t.event_id)):
-            for column, values in zip(self._columns(), zip(*rows, strict=True), strict=True):
-                column[:0] = array(column.typecode, values) if isinstance(column, array) else list(values)
+        if older:
+            older.sort()
+            times, _, ids, *others = zip(*older, strict=True)
+            for column, values in zip(self._columns(), (times, others[0], ids, *others[1:]), strict=True):
+                column[:0] = array(column.typecode, values) if isinstance(column, array) else values
+            self._let_go = 0
         self.since = since
 
     def trim(self, keep_from: int) -> None:
         """Forget rows before the first of row `keep_from`'s time."""
         if cut := bisect_left(self.times, self.times[keep_from]):
             self.since = self.times[cut]
+            self._let_go = max(0, self._let_go - cut)
             for column in self._columns():
                 del column[:cut]
 

@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
 from streamgr.events import IMPRESSION, PROFILE, request_key
-from streamgr.sequence.tail import DECIDED, EVER, LATE, NOTHING, ORGANIC, SHOWN, Tail, Token
+from streamgr.sequence.tail import DECIDED, EVER, LATE, NOTHING, ORGANIC, SHOWN, Row, Tail
 from streamgr.state import codec
 from streamgr.state.rocks import Batch
 from streamgr.state.store import Store
@@ -73,18 +73,30 @@ class Users:
         """Read back what the tail lacks of everything from `time` on and `tokens` events before that."""
         if tail.covers(time, tokens):
             return
-        older: list[Token] = []
-        since, count = EVER, bisect_left(tail.times, time)
-        for t, kind, s in self._store.events(uid, None if tail.since == NOTHING else tail.since):
-            if t < time and count >= tokens and not (older and older[-1].time == t):
+        since, count, rank, asked, request = EVER, bisect_left(tail.times, time), self._rank, "", 0
+        older: list[Row] = []
+        for _, t, kind, s in self._store.events(uid, None if tail.since == NOTHING else tail.since):
+            if t < time and count >= tokens and not (older and older[-1][0] == t):
                 since = t + 1
                 break
             if kind != PROFILE:
                 waits = SHOWN if kind == IMPRESSION else ORGANIC
                 state = LATE if s.late else DECIDED if s.due <= self.closed else waits
-                older.append(Token(t, kind, s.event_id, s.item, request_key(s.request), s.append_ms, state))
+                if s.request != asked:
+                    asked, request = s.request, request_key(s.request)
+                older.append((t, rank[kind], s.event_id, kind, s.item, request, s.append_ms, state))
                 count += t < time
-        tail.extend_back(older, since, self._rank)
+        tail.extend_back(older, since)
+
+    def recall(self, uid: bytes, tail: Tail, time: int) -> None:
+        """Put the ids of one time back into a tail."""
+        stored = []
+        for _, t, kind, s in self._store.events(uid, time + 1):
+            if t < time:
+                break
+            if kind != PROFILE:
+                stored.append((self._rank[kind], s.event_id))
+        tail.recall(time, stored, self._rank)
 
     def erase(self, uid: bytes, batch: Batch) -> None:
         """Forget the user: name and tail."""

@@ -13,7 +13,7 @@ from streamgr.errors import DataError
 from streamgr.events import FIRST_ACTION, PROFILE, request_key
 from streamgr.sequence import join
 from streamgr.sequence.examples import Example
-from streamgr.sequence.tail import DECIDED, Tail, Token, ranks
+from streamgr.sequence.tail import DECIDED, Tail, ranks
 from streamgr.state import codec
 from streamgr.state.rocks import Memory
 from streamgr.state.store import Store
@@ -101,7 +101,7 @@ def _read(store: Store, user: str, part: Part) -> Iterator[tuple[int, int, codec
     after = None if part.before is None else part.before + meta.window_ms
     wanted, oldest = part.last, 0  # how many more, and the time of the last one read
     profile: tuple[int, int, codec.Stored] | None = None  # that holds at the cut
-    for time, kind, event in store.events(codec.uid(user), after):
+    for _, time, kind, event in store.events(codec.uid(user), after):
         if time < cut:
             if kind == PROFILE and (profile is None or (time, event.event_id) > (profile[0], profile[2].event_id)):
                 profile = time, kind, event
@@ -145,13 +145,12 @@ def _joined_kinds(
     """For each impression (by its place among impressions and actions) the kinds that joined it."""
     tail = Tail()
     tail.extend_back(
-        (
-            Token(t, kind, s.event_id, s.item, request_key(s.request), s.append_ms, DECIDED)
+        [
+            (t, rank[kind], s.event_id, kind, s.item, request_key(s.request), s.append_ms, DECIDED)
             for t, kind, s in stored
             if kind != PROFILE
-        ),
+        ],
         tail.since,
-        rank,
     )
     found: dict[int, set[int]] = {}
     for i, kind in enumerate(tail.kinds):

@@ -125,13 +125,8 @@ class Store:
         self.database.write(batch)
         self.progress = progress
 
-    def events(self, user: bytes, before: int | None = None) -> Iterator[tuple[int, int, codec.Stored]]:
-        """(time, kind, event) of one user, newest first (unordered within a millisecond), with time < `before`."""
-        for _, time, kind, event in self.stored(user, before):
-            yield time, kind, event
-
-    def stored(self, user: bytes, before: int | None = None) -> Iterator[tuple[bytes, int, int, codec.Stored]]:
-        """(key, time, kind, event), as `events`."""
+    def events(self, user: bytes, before: int | None = None) -> Iterator[tuple[bytes, int, int, codec.Stored]]:
+        """(key, time, kind, event) of one user, newest first (unordered within a millisecond), with time < `before`."""
         if before is not None and before <= 0:
             return
         for key, value in self.database.scan_prefix("events", codec.scan_key(user, before)):
