@@ -5,8 +5,8 @@ Kafka remembers and never at "earliest" or "latest". Positions are handed to lib
 seek), so nothing can be fetched from elsewhere in between. Where the log no longer holds a position, that is an error
 with a name, not a jump. A broker that is away is waited for.
 
-Not thread safe: one thread polls, and the rebalance callbacks run inside its `poll` and `close`. They must end well
-under `max.poll.interval.ms` (300 s).
+Not thread safe: one thread polls, and the rebalance callbacks run inside its `poll` and `close`. They must end within
+`max.poll.interval.ms`, which leaves half an hour for bringing a large state; that a loop turns is the probes' to watch.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -72,7 +72,7 @@ class Consumer:
                     heartbeat_interval_ms=2_000,
                     isolation_level="read_committed",
                 )
-                | {"on_commit": self._committed, **_FETCH, **_chosen(settings)}
+                | {"on_commit": self._committed, **_DEFAULTS, **_chosen(settings)}
             )
         except KafkaException as error:
             raise refused(error, self._voice) from None
@@ -291,12 +291,17 @@ class Consumer:
         )
 
 
-_FETCH = {"fetch.wait.max.ms": 50, "fetch.min.bytes": 1, "queued.max.messages.kbytes": 65_536}
+_DEFAULTS = {
+    "fetch.wait.max.ms": 50,
+    "fetch.min.bytes": 1,
+    "queued.max.messages.kbytes": 65_536,
+    "max.poll.interval.ms": 1_800_000,
+}
 
 
 def _chosen(settings: Kafka) -> dict[str, str | int | float | bool]:
-    """What the operator chose of the fetch settings."""
-    return {name: value for name, value in settings.librdkafka.items() if name in _FETCH}
+    """What the operator chose of these."""
+    return {name: value for name, value in settings.librdkafka.items() if name in _DEFAULTS}
 
 
 def _at(positions: Mapping[Partition, int]) -> list[TopicPartition]:
