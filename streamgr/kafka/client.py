@@ -47,6 +47,7 @@ OURS = frozenset(
 SAY_AGAIN_SECONDS = 60.0
 ASK_SECONDS = 2.0  # one question to the broker; asked again while the caller may wait
 ADMIN_SECONDS = 15.0  # a one-shot command waits no longer
+NEWS_SECONDS = 2.0  # how long a broker may not have heard yet of a topic that there is
 
 _AWAY = frozenset(
     (
@@ -62,6 +63,19 @@ _AWAY = frozenset(
         KafkaError.NOT_LEADER_FOR_PARTITION,
         KafkaError.BROKER_NOT_AVAILABLE,
         KafkaError.REQUEST_TIMED_OUT,
+        # while brokers come, go and elect
+        KafkaError._DESTROY_BROKER,
+        KafkaError._UNKNOWN_PARTITION,  # of a topic without metadata yet
+        KafkaError.NETWORK_EXCEPTION,
+        KafkaError.KAFKA_STORAGE_ERROR,
+        KafkaError.OFFSET_NOT_AVAILABLE,
+        KafkaError.FENCED_LEADER_EPOCH,
+        KafkaError.UNKNOWN_LEADER_EPOCH,
+        KafkaError.REPLICA_NOT_AVAILABLE,
+        KafkaError.NOT_CONTROLLER,
+        KafkaError.COORDINATOR_NOT_AVAILABLE,
+        KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+        KafkaError.NOT_COORDINATOR,
     )
 )
 DENIED = frozenset(
@@ -71,7 +85,7 @@ DENIED = frozenset(
         KafkaError.CLUSTER_AUTHORIZATION_FAILED,
     )
 )
-MISSING = frozenset((KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION))
+MISSING = frozenset((KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC))
 
 T = TypeVar("T")
 Setting = Any  # text, a number, a callback or a logger: librdkafka's own check is the type
@@ -132,7 +146,11 @@ def librdkafka_settings(settings: Kafka, client_id: str, voice: Voice, **ours: S
             where="kafka.librdkafka",
             remedy="remove it; streamgr's exactness rests on its own value (the broker's address is kafka.bootstrap)",
         )
-    conf: dict[str, Setting] = {"reconnect.backoff.max.ms": 2_000, "log.connection.close": False}
+    conf: dict[str, Setting] = {
+        "reconnect.backoff.max.ms": 2_000,
+        "socket.timeout.ms": 10_000,  # a broker that hangs is left for the others sooner than in librdkafka's minute
+        "log.connection.close": False,
+    }
     conf |= settings.librdkafka
     if settings.sasl_password:
         conf["sasl.password"] = settings.sasl_password
@@ -174,22 +192,30 @@ def ask(
     where: str,
     stop: Stop | None = None,
     wait_seconds: float | None = None,
+    waiting: Callable[[], None] = lambda: None,
 ) -> T:
-    """Ask the broker, and ask again while it is away: for ever, or for `wait_seconds`, or until told to stop."""
+    """Ask the broker, and ask again while it is away: for ever, or for `wait_seconds`, or until told to stop.
+
+    `waiting` is called between two attempts. Raises `BrokerUnreachable` when that is over, `ConfigError` where a topic
+    is still unknown after `NEWS_SECONDS`, and whatever else ends the work.
+    """
     clock = SystemClock()
-    end = None if wait_seconds is None else clock.monotonic() + wait_seconds
+    asked = clock.monotonic()
+    end = None if wait_seconds is None else asked + wait_seconds
     while True:
         left = ASK_SECONDS if end is None else max(0.1, min(ASK_SECONDS, end - clock.monotonic()))
         try:
             return question(left)
         except KafkaException as raised:
             error: KafkaError = raised.args[0]
-            problem = translate(error, voice, where, settings)
-            if not isinstance(problem, BrokerUnreachable):
+            problem, now = translate(error, voice, where, settings), clock.monotonic()
+            unheard = error.code() in MISSING and now - asked < NEWS_SECONDS
+            if not (unheard or isinstance(problem, BrokerUnreachable)):
                 raise problem from None
             voice.complain(error)
-            if stop or (end is not None and clock.monotonic() >= end):
+            if stop or (end is not None and now >= end):
                 raise problem from None
+        waiting()
         (Stop() if stop is None else stop).wait(0.2)
 
 
@@ -203,10 +229,26 @@ class Admin:
         except KafkaException as error:
             raise refused(error, self.voice) from None
 
-    def ask(self, where: str, question: Callable[[float], T], wait_seconds: float | None = None) -> T:
-        seconds = ADMIN_SECONDS if wait_seconds is None else wait_seconds
-        return ask(question, voice=self.voice, settings=self.settings, where=where, wait_seconds=seconds)
+    def ask(
+        self,
+        where: str,
+        question: Callable[[float], T],
+        wait_seconds: float | None = ADMIN_SECONDS,
+        *,
+        stop: Stop | None = None,
+        waiting: Callable[[], None] = lambda: None,
+    ) -> T:
+        """As `client.ask`; None waits without end."""
+        return ask(
+            question,
+            voice=self.voice,
+            settings=self.settings,
+            where=where,
+            stop=stop,
+            wait_seconds=wait_seconds,
+            waiting=waiting,
+        )
 
-    def metadata(self, wait_seconds: float | None = None) -> ClusterMetadata:
-        """The cluster and its topics. Raises `BrokerUnreachable` after `wait_seconds` (`ADMIN_SECONDS`)."""
+    def metadata(self, wait_seconds: float = ADMIN_SECONDS) -> ClusterMetadata:
+        """The cluster and its topics. Raises `BrokerUnreachable` after `wait_seconds`."""
         return self.ask(self.settings.bootstrap, lambda s: self.client.list_topics(timeout=s), wait_seconds)

@@ -43,13 +43,21 @@ class Consumer:
     """Reads topics from exact positions; one poll thread."""
 
     def __init__(
-        self, settings: Kafka, *, client_id: str, group: str = "", log: Log | None = None, stop: Stop | None = None
+        self,
+        settings: Kafka,
+        *,
+        client_id: str,
+        group: str = "",
+        log: Log | None = None,
+        stop: Stop | None = None,
+        waiting: Callable[[], None] = lambda: None,
     ) -> None:
-        """`group` only for `subscribe` and `commit`. `stop` ends a wait for a broker that is away.
+        """`group` only for `subscribe` and `commit`. `stop` ends a wait for a broker that is away, `waiting` is called
+        in it.
 
         Raises `ConfigError` where librdkafka refuses the settings.
         """
-        self._settings, self._group, self._log, self._stop = settings, group, log, stop
+        self._settings, self._group, self._log, self._stop, self._waiting = settings, group, log, stop, waiting
         self._voice = Voice("consumer", settings, log)
         self._clock = SystemClock()
         self._positions: dict[Partition, int] = {}  # the next offset of each owned partition
@@ -110,31 +118,31 @@ class Consumer:
     def subscribe(
         self,
         topic: str,
-        on_assign: Callable[[list[int]], Mapping[int, int]],
+        on_assign: Callable[[list[int]], None],
         on_revoke: Callable[[list[int]], None],
         on_lost: Callable[[list[int]], None],
     ) -> None:
         """Share the topic with the group, partition by partition (cooperative).
 
-        `on_assign` opens the added partitions and returns the offset of each; `on_revoke` commits and closes; `on_lost`
-        only closes: another member may own them already. An error they raise comes out of `poll` or `close`.
+        `on_assign` tells of partitions that have come; nothing is read of them before `start`, so there is time to
+        open them. `on_revoke` commits and closes; `on_lost` only closes: another member may own them already. An error
+        they raise comes out of `poll` or `close`.
         """
 
         def assigned(_: object, added: list[TopicPartition]) -> None:
             REBALANCES.labels("assign").inc()
-            start = on_assign(_numbers(added)) if added else {}
-            positions = {(topic, p): start[p] for p in _numbers(added)}
-            self._positions |= positions
-            self._consumer.incremental_assign(_at(positions))
+            self._consumer.incremental_assign([])
+            if added:
+                on_assign(_numbers(added))
 
         def gone(kind: str, close: Callable[[list[int]], None], removed: list[TopicPartition]) -> None:
             REBALANCES.labels(kind).inc()
-            for partition in _numbers(removed):  # nothing of it is handed out any more, whatever `close` does
-                self._positions.pop((topic, partition), None)
-                self._append_ms.pop((topic, partition), None)
+            started = [tp for tp in removed if self._positions.pop((topic, tp.partition), None) is not None]
+            for tp in started:  # nothing of it is handed out any more, whatever `close` does
+                self._append_ms.pop((topic, tp.partition), None)
             if removed:
                 close(_numbers(removed))
-            self._consumer.incremental_unassign(removed)
+            self._consumer.incremental_unassign(started)
 
         self._consumer.subscribe(
             [topic],
@@ -142,6 +150,12 @@ class Consumer:
             on_revoke=lambda _, removed: gone("revoke", on_revoke, removed),
             on_lost=lambda _, removed: gone("lost", on_lost, removed),
         )
+
+    def start(self, topic: str, partition: int, offset: int) -> None:
+        """Read a partition that the group has given us from exactly this offset."""
+        positions = {(topic, partition): offset}
+        self._positions |= positions
+        self._consumer.incremental_assign(_at(positions))
 
     def poll(self, max_records: int = 1000, timeout: float = 0.05) -> list[Record]:
         """The next records one by one, in order within each partition; empty after `timeout` seconds without any."""
@@ -288,6 +302,7 @@ class Consumer:
             where=where,
             stop=self._stop,
             wait_seconds=wait_seconds,
+            waiting=self._waiting,
         )
 
 

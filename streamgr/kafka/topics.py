@@ -6,6 +6,7 @@ creates it, always with 4 partitions, and both say so.
 """
 
 import tomllib
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import msgspec
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import (  # type: ignore[attr-defined]
     AlterConfigOpType,
+    ClusterMetadata,
     ConfigEntry,
     ConfigResource,
     NewTopic,
@@ -148,18 +150,37 @@ def ensure(settings: Kafka) -> None:
             raise ConfigError(finding.what, where=finding.topic, remedy=finding.remedy)
 
 
-def identity(settings: Kafka, topic: str) -> Identity:
-    """The topic's identity. Raises `ConfigError` where it does not exist, `BrokerUnreachable` without a broker."""
+def identity(
+    settings: Kafka,
+    topic: str,
+    *,
+    wait_seconds: float | None = ADMIN_SECONDS,
+    stop: Stop | None = None,
+    waiting: Callable[[], None] = lambda: None,
+) -> Identity:
+    """The topic's identity.
+
+    Waits for a broker that is away: for `wait_seconds`, None for ever, or until told to stop (`BrokerUnreachable`).
+    Raises `ConfigError` where the topic does not exist.
+    """
     admin = Admin(settings)
-    metadata = admin.metadata()
-    if topic not in metadata.topics:
-        raise ConfigError("the topic does not exist", where=topic, remedy="streamgr topics apply")
+
+    def found(seconds: float) -> ClusterMetadata:
+        metadata = admin.client.list_topics(topic, timeout=seconds)
+        if (error := metadata.topics[topic].error) is not None:
+            raise KafkaException(error)
+        return metadata
+
+    metadata = admin.ask(topic, found, wait_seconds, stop=stop, waiting=waiting)
     partitions = len(metadata.topics[topic].partitions)
     if is_mock(metadata.cluster_id):
         return Identity(metadata.cluster_id or "", "", partitions)
     described = admin.ask(
         topic,
         lambda seconds: admin.client.describe_topics(TopicCollection([topic]), request_timeout=seconds)[topic].result(),
+        wait_seconds,
+        stop=stop,
+        waiting=waiting,
     )
     return Identity(metadata.cluster_id or "", str(described.topic_id), partitions)
 
@@ -194,6 +215,10 @@ def _compare(spec: TopicSpec, found: TopicMetadata, config: dict[str, ConfigEntr
         findings.append(
             Finding("warn", spec.name, f"{replicas} replicas on {brokers} brokers", "set default.replication.factor=3")
         )
+    in_sync = config["min.insync.replicas"].value if "min.insync.replicas" in config else "1"
+    if brokers >= 3 and replicas >= 3 and in_sync == "1":
+        what = "min.insync.replicas is 1: a write counts as safe when one broker has it"
+        findings.append(Finding("warn", spec.name, what, "set the brokers' min.insync.replicas=2"))
     return findings or [Finding("ok", spec.name, f"{count} partitions, settings as specified")]
 
 
@@ -202,11 +227,14 @@ def _differing(spec: TopicSpec, config: dict[str, ConfigEntry]) -> list[str]:
 
 
 def _configs(admin: Admin, names: list[str]) -> dict[str, dict[str, ConfigEntry]]:
-    resources = [ConfigResource(ResourceType.TOPIC, name) for name in names]
-    if not resources:
-        return {}
-    futures = admin.client.describe_configs(resources, request_timeout=ADMIN_SECONDS)
-    return {resource.name: _result(admin, resource.name, future) for resource, future in futures.items()}
+    """The settings of topics that there are; a broker that has not heard of one yet is asked again."""
+
+    def asked(seconds: float) -> dict[str, dict[str, ConfigEntry]]:
+        resources = [ConfigResource(ResourceType.TOPIC, name) for name in names]
+        futures = admin.client.describe_configs(resources, request_timeout=seconds)
+        return {resource.name: future.result(seconds + 5) for resource, future in futures.items()}
+
+    return admin.ask(", ".join(names), asked) if names else {}
 
 
 def _create(admin: Admin, specs: list[TopicSpec]) -> list[str]:

@@ -44,9 +44,9 @@ class Follower:
     ) -> None:
         self._config, self._clock, self._log, self._role = config, clock, log, role
         self._topic = config.topic("events")
-        self._consumer = Consumer(config.kafka, client_id=f"{role}-follower", log=log, stop=stop)
-        stop = Stop() if stop is None else stop
-        self._opener = Opener(config, clock, log, stop, role=role, emits=False)
+        self._stop = Stop() if stop is None else stop
+        self._consumer = Consumer(config.kafka, client_id=f"{role}-follower", log=log, stop=self._stop)
+        self._opener = Opener(config, clock, log, self._stop, role=role, emits=False)
         self._replay = Replay(clock, log)
         self._followed: dict[int, Followed] = {}
         self._committed = self._synced = self._looked = clock.monotonic()
@@ -58,9 +58,9 @@ class Follower:
         Raises `TryAgain` where another process holds one, `ConfigError` where one belongs to another log.
         """
         numbers = self._consumer.partitions(self._topic)
-        topic = identity(self._config.kafka, self._topic)
+        topic = identity(self._config.kafka, self._topic, wait_seconds=None, stop=self._stop)
         for number in numbers:
-            opened = self._opener.open(number, self._consumer, topic, lock_seconds=0.0)
+            opened = self._opener.open(number, self._consumer, topic)
             partition = opened.partition
             partition.cache(self._config.sequence.cached_events // len(numbers))
             self._followed[number] = Followed(partition, partition.next_offset, opened.end)

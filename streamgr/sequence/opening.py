@@ -91,8 +91,8 @@ class Opener:
         directory = config.state.snapshots_directory
         self.snapshots = Snapshots(Path(directory), kept=config.state.snapshots_kept) if directory else None
 
-    def open(self, number: int, reader: Consumer, topic: Identity, lock_seconds: float) -> Opened:
-        """Open partition `number`; wait so long for the lock of whoever had it before.
+    def open(self, number: int, reader: Consumer, topic: Identity) -> Opened:
+        """Open partition `number`.
 
         Raises `TryAgain` where another process holds it, `ConfigError` where it does not fit its log or its outputs,
         `RetentionPassed` where the log lacks its next record.
@@ -101,13 +101,13 @@ class Opener:
         last = self._last_output(number, reader) if self._emits else None
         log = _Log(topic, origin.fingerprint(topic.cluster_id, topic.topic_id, self._config.sequence), low, end, last)
         path = partition_directory(self._directory, number)
-        store = self._locked(path, lock_seconds)
+        store = self._locked(path)
         try:
             source = "disk" if store.progress.next_offset else "log"
             if self._rebuild and number not in self._rebuilt:
                 store, source = self._emptied(store, number), "log"
             elif self.snapshots is not None and self._restored(self.snapshots, store, number, log):
-                store, source = self._locked(path, lock_seconds), "snapshot"
+                store, source = self._locked(path), "snapshot"
             fingerprint = self._fingerprint(store, number, log)
             self._require_records(store, number, low)
             settings = self._config.sequence
@@ -123,24 +123,19 @@ class Opener:
             raise
         return Opened(partition, source, end, changed)
 
-    def _locked(self, path: Path, lock_seconds: float) -> Store:
-        """The store at `path`, as soon as its last owner has let go of it; a damaged one makes room for a new one."""
-        patience = Deadline(self._clock, lock_seconds)
-        while True:
-            try:
-                if is_condemned(path):
-                    raise Damaged("found damaged when it was used last", where=str(path))
-                return Store(path, self._memory)
-            except Damaged as error:
-                aside = path.with_name(f".{path.name}.damaged")
-                shutil.rmtree(aside, ignore_errors=True)
-                path.rename(aside)
-                DAMAGED.inc()
-                self._log.error("state_damaged", f"set aside as {aside.name}: {error.what}", where=error.where)
-            except TryAgain:
-                if patience.passed() or self._stop.wait(0.05):
-                    raise
-                self._waiting()
+    def _locked(self, path: Path) -> Store:
+        """The store at `path`, ours from now on; a damaged one makes room for a new one."""
+        try:
+            if is_condemned(path):
+                raise Damaged("found damaged when it was used last", where=str(path))
+            return Store(path, self._memory)
+        except Damaged as error:
+            aside = path.with_name(f".{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            DAMAGED.inc()
+            self._log.error("state_damaged", f"set aside as {aside.name}: {error.what}", where=error.where)
+            return Store(path, self._memory)
 
     def _emptied(self, store: Store, number: int) -> Store:
         """An empty store in the place of this one; its snapshots go with it, or they would be taken for newer."""

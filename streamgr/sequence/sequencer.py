@@ -35,9 +35,11 @@ from streamgr.service import Stop
 from streamgr.telemetry import Health, Log
 
 ROLE = "sequencer"
-LOCK_SECONDS = 30.0  # how long a new owner waits for the old one's lock
+RETRY_SECONDS = 0.5  # a partition that cannot be opened yet (its last owner has not let go) is tried again
 PROGRESS_SECONDS = 1.0
 CONFIRM_SECONDS = 5.0  # one wait for acknowledgements; then say that we live, and go on waiting
+SAY_AGAIN_SECONDS = 60.0
+REVOKE_SECONDS = 5.0  # a partition that is taken from us is committed within this, or its next owner reads it again
 
 
 class Sequencer:
@@ -73,10 +75,12 @@ class Sequencer:
         self._schedule = None if snapshots is None else Schedule(config.state, snapshots, clock, log)
         self._replay = Replay(clock, log)
         self._partitions: dict[int, Partition] = {}
+        self._coming: dict[int, float] = {}  # given to us by the group and not open yet -> when to try (monotonic)
+        self._said: dict[int, float] = {}  # when we last said that a partition waits (monotonic)
+        self._held: list[Records] = []  # read while we waited for something else
         self._spans: dict[int, list[int]] = {}  # partition -> append times (ms) of the uncommitted, oldest and newest
         self._told: dict[int, tuple[int, float]] = {}  # partition -> (offset, when) of the last progress record
         self._committed = self._synced = self._beaten = clock.monotonic()
-        self._lock_seconds = LOCK_SECONDS
         self._identity = Identity("", "", 0)
         self._deadline: Deadline | None = None  # of the drain
         meters.prepare(config.sequence.actions)
@@ -93,6 +97,7 @@ class Sequencer:
                 self._lost,
             )
             while not self._stop:
+                self._open_next(consumer)
                 self._turn(consumer, producer)
             self._health.hold("partitions", "draining")
             self._commit(consumer, producer, final=True)
@@ -105,12 +110,12 @@ class Sequencer:
         Raises `TryAgain` where another process holds a store.
         """
         consumer, producer = self._connect("")
-        self._lock_seconds = 0.0
         try:
             numbers = consumer.partitions(self._events)
             ends = {p: consumer.bounds(self._events, p)[1] for p in numbers}
-            starts = self._assigned(numbers)
-            consumer.assign({(self._events, p): offset for p, offset in starts.items()})
+            starts = {(self._events, p): self._open(p).next_offset for p in numbers}
+            self._log.info("partitions_assigned", added=numbers, owned=numbers)
+            consumer.assign(starts)
             while not self._stop and any(self._partitions[p].next_offset < end for p, end in ends.items()):
                 self._turn(consumer, producer, ends)
             self._commit(consumer, producer, final=True)
@@ -118,15 +123,16 @@ class Sequencer:
             self._leave(consumer, producer)
 
     def _connect(self, group: str) -> tuple[Consumer, Producer]:
-        kafka, log, stop = self._config.kafka, self._log, self._stop
-        consumer = Consumer(kafka, client_id=ROLE, group=group, log=log, stop=stop)
-        consumer.partitions(self._events)  # waits for the broker; names a missing topic
-        self._identity = identity(kafka, self._events)
-        return consumer, Producer(kafka, client_id=ROLE, log=log, stop=stop, waiting=self._health.turned)
+        kafka, log, stop, waiting = self._config.kafka, self._log, self._stop, self._health.turned
+        self._identity = identity(  # waits for the broker; names a missing topic
+            kafka, self._events, wait_seconds=None, stop=stop, waiting=waiting
+        )
+        consumer = Consumer(kafka, client_id=ROLE, group=group, log=log, stop=stop, waiting=waiting)
+        return consumer, Producer(kafka, client_id=ROLE, log=log, stop=stop, waiting=waiting)
 
     def _leave(self, consumer: Consumer, producer: Producer) -> None:
         """Let go of everything. What was not committed is read again by the next owner."""
-        self._lost(list(self._partitions))
+        self._lost([*self._partitions, *self._coming])
         if self._schedule is not None:
             self._schedule.close(self._drain())
         producer.close()
@@ -140,7 +146,8 @@ class Sequencer:
 
     def _turn(self, consumer: Consumer, producer: Producer, ends: Mapping[int, int] | None = None) -> None:
         """Poll, apply, produce; commit when it is time."""
-        for records in consumer.fetch():
+        batches, self._held = self._held, []
+        for records in batches or consumer.fetch():
             if ends is not None:
                 records = records.between(0, ends[records.partition])
             if partition := self._partitions.get(records.partition):
@@ -178,11 +185,11 @@ class Sequencer:
         now = self._clock.monotonic()
         self._committed = now
         self._tell(producer, final=final)
-        changed = [p for p in self._partitions.values() if p.pending]
-        if changed:
-            self._confirm(producer)
-            for partition in changed:
-                partition.commit()
+        if any(p.pending for p in self._partitions.values()):
+            self._confirm(producer, consumer)
+            for partition in self._partitions.values():  # those that are still ours
+                if partition.pending:
+                    partition.commit()
             meters.written(self._clock.now_ms(), self._spans.values(), self._clock.monotonic() - now)
             self._spans.clear()
         meters.state(self._events, self._partitions.values())
@@ -196,8 +203,11 @@ class Sequencer:
             meters.disk(self._partitions.values())
             consumer.commit({(self._events, n): p.store.progress.next_offset for n, p in self._partitions.items()})
 
-    def _confirm(self, producer: Producer) -> None:
-        """Step 3, for as long as the broker is away (told to stop: for as long as the drain may last)."""
+    def _confirm(self, producer: Producer, consumer: Consumer) -> None:
+        """Step 3, for as long as the broker is away (told to stop: for as long as the drain may last).
+
+        The group goes on meanwhile: partitions that it takes from us are let go, or their next owner would wait for us.
+        """
         while True:
             seconds = min(CONFIRM_SECONDS, self._drain().remaining()) if self._stop else CONFIRM_SECONDS
             try:
@@ -206,6 +216,7 @@ class Sequencer:
                 if self._stop and self._drain().passed():
                     raise
                 self._health.turned()
+                self._held += consumer.fetch(1, 0.0)
 
     def _tell(self, producer: Producer, *, final: bool) -> None:
         """A progress record for each partition that has moved, once a second."""
@@ -227,36 +238,69 @@ class Sequencer:
             for number in self._partitions:
                 producer.send(self._events, beat, partition=number)
 
-    def _assigned(self, added: list[int]) -> dict[int, int]:
-        """Open the partitions; the offset to go on from in each."""
-        reader = Consumer(self._config.kafka, client_id=f"{ROLE}-opening", log=self._log, stop=self._stop)
-        sources: dict[int, str] = {}
+    def _assigned(self, added: list[int]) -> None:
+        """Partitions have come: they are opened one by one, between two turns, so that the others go on."""
+        self._coming |= dict.fromkeys(added, self._clock.monotonic())
+        self._log.info("partitions_assigned", added=added, owned=sorted([*self._partitions, *self._coming]))
+        self._hold()
+
+    def _open_next(self, consumer: Consumer) -> None:
+        """Open one of the partitions that have come, and start reading it where its store is."""
+        now = self._clock.monotonic()
+        if (number := next((n for n, due in self._coming.items() if due <= now), None)) is None:
+            return
+        del self._coming[number]
         try:
-            for number in added:
-                opened = self._opener.open(number, reader, self._identity, self._lock_seconds)
-                self._partitions[number], sources[number] = opened.partition, opened.source
-                self._replay.opened(number, opened.partition, opened.end)
-                if self._schedule is not None:
-                    self._schedule.opened(number, self._identity.partitions, at_once=opened.changed)
+            partition = self._open(number)
+        except TryAgain as error:  # its last owner has not let go yet, or the broker does not answer
+            self._coming[number] = self._clock.monotonic() + RETRY_SECONDS
+            if now - self._said.get(number, -SAY_AGAIN_SECONDS) >= SAY_AGAIN_SECONDS:
+                self._said[number] = now
+                self._log.warning("partition_waits", str(error), partition=number)
+        else:
+            self._said.pop(number, None)
+            consumer.start(self._events, number, partition.next_offset)
+        self._hold()
+
+    def _open(self, number: int) -> Partition:
+        kafka, log = self._config.kafka, self._log
+        reader = Consumer(kafka, client_id=f"{ROLE}-opening", log=log, stop=self._stop, waiting=self._health.turned)
+        try:
+            opened = self._opener.open(number, reader, self._identity)
         finally:
             reader.close()
+        partition = self._partitions[number] = opened.partition
+        self._replay.opened(number, partition, opened.end)
+        if self._schedule is not None:
+            self._schedule.opened(number, self._identity.partitions, at_once=opened.changed)
         self._share_cache()
-        self._health.hold("partitions", "" if self._partitions else "none assigned yet")
-        self._log.info("partitions_assigned", added=added, opened_from=sources, owned=sorted(self._partitions))
-        return {number: self._partitions[number].next_offset for number in added}
+        self._log.info("partition_opened", partition=number, opened_from=opened.source, offset=partition.next_offset)
+        return partition
+
+    def _hold(self) -> None:
+        """Ready: every partition that is ours is open."""
+        why_not = "" if self._partitions else "none assigned yet"
+        self._health.hold("partitions", f"opening {sorted(self._coming)}" if self._coming else why_not)
 
     def _revoked(self, removed: list[int], producer: Producer) -> None:
         """Commit what they have and close them: the next owner goes on from there."""
         leaving = {n: self._partitions[n] for n in removed if n in self._partitions}
         if any(p.pending for p in leaving.values()):
-            self._confirm(producer)
-            for partition in leaving.values():
-                partition.commit()
-                partition.store.sync()
+            try:
+                producer.confirm(REVOKE_SECONDS)
+            except TryAgain:
+                self._log.warning("revoked_uncommitted", "outputs are not acknowledged", partitions=sorted(leaving))
+            else:
+                for partition in leaving.values():
+                    partition.commit()
+                    partition.store.sync()
         self._lost(removed)
 
     def _lost(self, removed: list[int]) -> None:
         """Close them and write nothing."""
+        self._held = [records for records in self._held if records.partition not in removed]
+        for number in removed:
+            self._coming.pop(number, None)
         if not (closed := [number for number in removed if number in self._partitions]):
             return
         for number in closed:
@@ -266,7 +310,7 @@ class Sequencer:
             if self._schedule is not None:
                 self._schedule.closed(number)
         self._share_cache()
-        self._health.hold("partitions", "" if self._partitions else "none assigned")
+        self._hold()
         self._log.info("partitions_closed", removed=closed, owned=sorted(self._partitions))
 
     def _share_cache(self) -> None:

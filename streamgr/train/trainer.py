@@ -173,6 +173,7 @@ class Trainer:
             group=config.group("trainer"),
             log=self._log,
             stop=self._stop,
+            waiting=self._health.turned,
         )
         self._closing.callback(source.close)
         self._source = source
@@ -207,7 +208,14 @@ class Trainer:
             self._clock,
             self._log,
             producer,
-            lambda: Consumer(kafka, client_id=self._config.group("trainer-manifests"), log=self._log, stop=self._stop),
+            lambda: Consumer(
+                kafka,
+                client_id=self._config.group("trainer-manifests"),
+                log=self._log,
+                stop=self._stop,
+                waiting=self._health.turned,
+            ),
+            patience=lambda: not self._stop,
         )
         self._closing.callback(publisher.close)
         return publisher

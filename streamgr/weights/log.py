@@ -34,10 +34,11 @@ class ManifestLog:
     def __init__(self, consumer: Consumer, topic: str) -> None:
         self._consumer, self._topic = consumer, topic
         self.next_offset = 0
+        self._ahead: list[Entry] = []  # read by `read_until`, and not returned yet
 
     def start(self, wait_seconds: float = ASK_SECONDS) -> None:
         """Begin with the first record that the log still holds; raises as `bounds`."""
-        self.next_offset = self.bounds(wait_seconds)[0]
+        self.next_offset, self._ahead = self.bounds(wait_seconds)[0], []
         self._consumer.assign({(self._topic, 0): self.next_offset})
 
     def bounds(self, wait_seconds: float = ASK_SECONDS) -> tuple[int, int]:
@@ -58,8 +59,9 @@ class ManifestLog:
         return entries
 
     def read_until(self, end: int, deadline: Deadline) -> list[Entry]:
-        """Everything before offset `end`, which must exist. Raises `BrokerUnreachable` when the deadline passes."""
-        entries: list[Entry] = []
+        """Everything before offset `end`, which must exist. Raises `BrokerUnreachable` when the deadline passes: what
+        was read until then, and what came from `end` on, is returned by the next call.
+        """
         while self.next_offset < end:
             if deadline.passed():
                 raise BrokerUnreachable(
@@ -67,8 +69,10 @@ class ManifestLog:
                     where=f"{self._topic}[0]",
                     remedy="check kafka.bootstrap and the broker's log",
                 )
-            entries += self.read(min(0.2, deadline.remaining()))
-        return [entry for entry in entries if entry.offset < end]
+            self._ahead += self.read(min(0.2, deadline.remaining()))
+        entries = [entry for entry in self._ahead if entry.offset < end]
+        self._ahead = self._ahead[len(entries) :]
+        return entries
 
     def close(self) -> None:
         self._consumer.close()

@@ -11,7 +11,7 @@ The order, and what a crash between the steps leaves:
 A version number is never used twice: whatever fails after step 2 uses it up, and makes the next version a snapshot.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -22,7 +22,7 @@ from streamgr.errors import BrokerUnreachable, DataError, TryAgain
 from streamgr.kafka.producer import Producer
 from streamgr.telemetry import DURATION_BUCKETS, Log, counter, gauge, histogram
 from streamgr.weights import payload as payloads
-from streamgr.weights.log import ConsumerFactory, ManifestLog
+from streamgr.weights.log import ConsumerFactory, Entry, ManifestLog
 from streamgr.weights.manifest import (
     CLAIM_KEY,
     MAX_BYTES,
@@ -50,9 +50,7 @@ for _kind in ("snapshot", "delta"):
     PUBLISHED.labels(_kind), BYTES.labels(_kind), DURATION.labels(_kind)  # 0 is a value too
 VERSION = gauge("weights_version", "The newest version published, or handed over for serving.", ("role",))
 
-READ_SECONDS = (
-    60.0  # to read the manifests, and how long a broker may be away: longer, and who starts us starts us again
-)
+READ_SECONDS = 10.0  # for one attempt to read the manifests
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +79,18 @@ class Publisher:
     """One trainer's publisher; not thread safe. `claim` first."""
 
     def __init__(
-        self, config: Config, clock: Clock, log: Log, producer: Producer, consumer_factory: ConsumerFactory
+        self,
+        config: Config,
+        clock: Clock,
+        log: Log,
+        producer: Producer,
+        consumer_factory: ConsumerFactory,
+        *,
+        patience: Callable[[], bool] = lambda: False,
     ) -> None:
+        """patience: asked where the manifests cannot be read, whether to try again; if not, `TryAgain` is raised."""
         self._settings, self._clock, self._log, self._producer = config.weights, clock, log, producer
+        self._patience = patience
         self._weights_topic, self._manifests_topic = config.topic("weights"), config.topic("manifests")
         self._manifests = ManifestLog(consumer_factory(), self._manifests_topic)
         self._claim: Claim | None = None
@@ -100,16 +107,17 @@ class Publisher:
         record = encode(ClaimRecord(self._clock.now_ms(), at_least))
         epoch = self._producer.send_confirmed(self._manifests_topic, record, key=CLAIM_KEY, partition=0)
         last = at_least
-        try:
-            self._manifests.start(READ_SECONDS)
-            for entry in self._manifests.read_until(epoch + 1, Deadline(self._clock, READ_SECONDS)):
-                match entry.content:
-                    case Manifest(version=version) | ClaimRecord(last_version=version):
-                        last = max(last, version)
-                    case Rejected() as rejected:
-                        self._log.warning("manifest_damaged", str(rejected), reason=rejected.reason)
-        except BrokerUnreachable as error:
-            raise TryAgain(error.what, where=error.where, remedy=error.remedy) from None
+
+        def before_claim(deadline: Deadline) -> list[Entry]:
+            self._manifests.start(deadline.remaining())
+            return self._manifests.read_until(epoch + 1, deadline)
+
+        for entry in self._patiently(before_claim):
+            match entry.content:
+                case Manifest(version=version) | ClaimRecord(last_version=version):
+                    last = max(last, version)
+                case Rejected() as rejected:
+                    self._log.warning("manifest_damaged", str(rejected), reason=rejected.reason)
         self._claim, self._successor, self._version, self._parent = Claim(epoch, last), None, last, None
         self._log.info("weights_claimed", epoch=epoch, last_version=last)
         return self._claim
@@ -200,12 +208,11 @@ class Publisher:
 
     def _look_for_successor(self, epoch: int) -> None:
         """Read what has come to the manifests since the last look: our own versions, or the claim that ends us."""
-        try:
-            end = self._manifests.bounds(READ_SECONDS)[1]
-            entries = self._manifests.read_until(end, Deadline(self._clock, READ_SECONDS))
-        except BrokerUnreachable as error:
-            raise TryAgain(error.what, where=error.where, remedy=error.remedy) from None
-        for entry in entries:
+
+        def since(deadline: Deadline) -> list[Entry]:
+            return self._manifests.read_until(self._manifests.bounds(deadline.remaining())[1], deadline)
+
+        for entry in self._patiently(since):
             if isinstance(entry.content, ClaimRecord) and entry.offset > epoch:
                 self._successor = entry.offset
         if self._successor is not None:
@@ -214,6 +221,15 @@ class Publisher:
                 where=f"{self._manifests_topic}[0]@{self._successor}",
                 remedy="one trainer a topic prefix: stop the other one, or leave this one stopped",
             )
+
+    def _patiently(self, read: Callable[[Deadline], list[Entry]]) -> list[Entry]:
+        """Read the manifests, as often as it takes while the broker is away. Raises `TryAgain` when patience ends."""
+        while True:
+            try:
+                return read(Deadline(self._clock, READ_SECONDS))
+            except BrokerUnreachable as error:
+                if not self._patience():
+                    raise TryAgain(error.what, where=error.where, remedy=error.remedy) from None
 
     def _published(self, manifest: Manifest, seconds: float) -> None:
         """The version exists: what the next one builds on, and what the operator sees."""

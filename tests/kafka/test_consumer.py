@@ -87,23 +87,28 @@ def test_two_members_share_a_topic_and_every_record_is_read_once(real: Kafka, pr
             super().__init__(name=label)
             self.consumer = Consumer(real, client_id=label, group=group)
             self.leave = Stop()
+            self.coming: set[int] = set()
             self.consumer.subscribe(topic, self.on_assign, self.on_revoke, self.on_revoke)
 
-        def on_assign(self, partitions: list[int]) -> dict[int, int]:
+        def on_assign(self, partitions: list[int]) -> None:
             with lock:
                 calls.append((self.name, "assign", tuple(partitions)))
                 assert not owners.keys() & set(partitions), "a partition has two owners"
                 owners.update(dict.fromkeys(partitions, self.name))
-                return {p: store[p] for p in partitions}
+                self.coming |= set(partitions)
 
         def on_revoke(self, partitions: list[int]) -> None:
             with lock:
                 calls.append((self.name, "revoke", tuple(partitions)))
+                self.coming -= set(partitions)
                 for p in partitions:
                     assert owners.pop(p) == self.name
 
         def run(self) -> None:
             while not self.leave:
+                if self.coming:
+                    partition = self.coming.pop()
+                    self.consumer.start(topic, partition, store[partition])
                 for record in self.consumer.poll(100, 0.05):
                     with lock:
                         assert owners[record.partition] == self.name and record.offset == store[record.partition]
@@ -196,20 +201,24 @@ def test_lost_is_told_apart_from_revoked_and_strays_are_dropped(monkeypatch: pyt
     strays, lost = STRAYS._value.get(), REBALANCES.labels("lost")._value.get()
     consumer.subscribe(
         "t",
-        lambda ps: {p: 10 * p for p in ps},
+        lambda ps: calls.append(("assign", ps)),
         lambda ps: calls.append(("revoke", ps)),
         lambda ps: calls.append(("lost", ps)),
     )
-    inner.callbacks["on_assign"](inner, parts(2, 1, 3))
-    inner.callbacks["on_revoke"](inner, parts(2))
+    inner.callbacks["on_assign"](inner, parts(2, 1, 3, 4))
+    for partition in (1, 2, 3):
+        consumer.start("t", partition, 10 * partition)
+    inner.callbacks["on_revoke"](inner, parts(2, 4))  # 4 was never started
     inner.messages = [FakeMessage(1, 10), FakeMessage(2, 20), FakeMessage(3, 30)]
     assert [r.partition for r in consumer.poll()] == [1, 3]  # 2 was prefetched before it went
     inner.callbacks["on_lost"](inner, parts(1, 3))
     inner.messages = [FakeMessage(1, 11)]
     assert consumer.poll() == []
-    assert calls == [("revoke", [2]), ("lost", [1, 3])]
-    assert inner.told[0] == ("assign", [(1, 10), (2, 20), (3, 30)])
-    assert [kind for kind, _ in inner.told] == ["assign", "unassign", "unassign"]
+    assert calls == [("assign", [1, 2, 3, 4]), ("revoke", [2, 4]), ("lost", [1, 3])]
+    started = [("assign", [(p, 10 * p)]) for p in (1, 2, 3)]
+    gone = [("unassign", [p for p, _ in parts]) for parts in ([(2, 0)], [(1, 0), (3, 0)])]
+    assert inner.told[:4] == [("assign", []), *started]
+    assert [(kind, [p for p, _ in parts]) for kind, parts in inner.told[4:]] == gone
     assert STRAYS._value.get() == strays + 2 and REBALANCES.labels("lost")._value.get() == lost + 1
 
 
@@ -219,8 +228,9 @@ def test_nothing_of_a_partition_is_handed_out_after_its_revocation_failed(monkey
     def fails(_: list[int]) -> None:
         raise OSError("disk full")
 
-    consumer.subscribe("t", lambda ps: dict.fromkeys(ps, 0), fails, fails)
+    consumer.subscribe("t", lambda ps: None, fails, fails)
     inner.callbacks["on_assign"](inner, parts(0))
+    consumer.start("t", 0, 0)
     with pytest.raises(OSError, match="disk full"):
         inner.callbacks["on_revoke"](inner, parts(0))
     inner.messages = [FakeMessage(0, 0)]
@@ -243,7 +253,7 @@ def test_exactness_settings_reach_librdkafka(monkeypatch: pytest.MonkeyPatch) ->
 def test_an_error_of_a_rebalance_callback_comes_out_of_poll(real: Kafka, prefix: str) -> None:
     consumer = Consumer(real, client_id="c", group=f"{prefix}-g")
 
-    def refuse(_: list[int]) -> dict[int, int]:
+    def refuse(_: list[int]) -> None:
         raise ConfigError("the store belongs to another topic")
 
     consumer.subscribe(f"{prefix}.events", refuse, lambda _: None, lambda _: None)

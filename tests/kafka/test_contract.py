@@ -185,12 +185,14 @@ def test_a_lone_member_gets_all_partitions_from_the_positions_it_names(
     producer.confirm()
     calls: list[tuple[str, list[int]]] = []
 
-    def on_assign(partitions: list[int]) -> dict[int, int]:
+    def on_assign(partitions: list[int]) -> None:
         calls.append(("assign", partitions))
-        return {p: 3 + p for p in partitions}
 
     member = Consumer(settings, client_id="member", group=f"{prefix}-group")
     member.subscribe(topic, on_assign, lambda ps: calls.append(("revoke", ps)), lambda ps: calls.append(("lost", ps)))
+    until(member, lambda r: calls or r)
+    for p in calls[0][1]:
+        member.start(topic, p, 3 + p)
     records = until(member, lambda r: len(r) == 22)
     assert {p: [r.offset for r in records if r.partition == p] for p in range(4)} == {
         p: list(range(3 + p, 10)) for p in range(4)

@@ -67,7 +67,7 @@ class Harbour(Town):
 
     def sources(self) -> dict[int, str]:
         """What the role that opened last opened each partition from."""
-        found: dict[int, str] = self.said("partitions_assigned")[-1]["opened_from"]
+        found = {line["partition"]: line["opened_from"] for line in self.said("partition_opened")[-PARTITIONS:]}
         return found
 
 

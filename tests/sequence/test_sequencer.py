@@ -271,6 +271,25 @@ def test_a_locked_store_means_try_again(town: Town) -> None:
     town.role().run_until_end()
 
 
+def test_a_partition_that_is_still_locked_waits_while_the_others_go_on(
+    town: Town, running: Callable[[Sequencer, Stop], threading.Thread]
+) -> None:
+    store, stop = Store(partition_directory(town.directory / "sequencer", 1), Memory(town.config.state)), Stop()
+    role = town.role(stop=stop)
+    thread = running(role, stop)
+    town.publish(rows(13, 900) + heartbeats(120_000, PARTITIONS))
+    until(lambda: {p for p, *_ in town.accepted()} == {0, 2, 3})
+    assert role._health.ready() == (False, {"partitions": "opening [1]"})
+    assert thread.is_alive()
+    store.close()
+    until(lambda: len({p for p, *_ in town.accepted()}) == PARTITIONS)
+    until(lambda: role._health.ready()[0])
+    stop.set()
+    thread.join(30)
+    town.role().run_until_end()
+    town.assert_like_the_oracle()
+
+
 def test_a_state_that_cannot_be_written_is_named(town: Town) -> None:
     (town.directory / "sequencer").write_text("in the way")
     with pytest.raises(StateNotWritable):
