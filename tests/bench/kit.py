@@ -7,9 +7,10 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,13 +95,26 @@ def run(*argv: str, environ: dict[str, str]) -> Run:
         [sys.executable, "-m", *argv], env={**os.environ, **environ}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
     )
     assert child.stderr is not None
+    peak, ended = [0], threading.Event()
+    watch = threading.Thread(target=_watch_memory, args=(child.pid, peak, ended))
+    watch.start()
     told = child.stderr.read().decode()
+    ended.set()
+    watch.join()
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         sys.exit(f"{' '.join(argv)} exited {child.returncode}:\n{told[-3000:]}")
     lines = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
-    return Run(time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, lines)
+    return Run(time.perf_counter() - started, usage.ru_utime + usage.ru_stime, peak[0], lines)
+
+
+def _watch_memory(pid: int, peak: list[int], ended: threading.Event) -> None:
+    """The process's own high-water mark: getrusage's also counts what this process had when it forked."""
+    while not ended.wait(0.1):
+        with suppress(OSError, StopIteration):
+            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+            peak[0] = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def settings(bootstrap: str, prefix: str, state: Path, **keys: object) -> dict[str, str]:

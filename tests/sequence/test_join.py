@@ -1,9 +1,11 @@
 """Joins by hand: which impression an action belongs to, and which labels a target gets."""
 
+from unittest import mock
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamgr.events import IMPRESSION
+from streamgr.events import IMPRESSION, PROFILE
 from streamgr.sequence import join
 from streamgr.sequence.tail import DECIDED, EVER, LATE, ORGANIC, SHOWN, Tail, Token, ranks
 
@@ -95,6 +97,25 @@ def test_targets_are_what_falls_due_with_the_kinds_that_joined() -> None:
     t.states[t.ids.index("i1")] = SHOWN
     t.states[t.ids.index("l1")] = LATE
     assert found(109, 110) == [("i1", 0b01)]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([PROFILE, IMPRESSION, CLICK, LIKE]), st.integers(0, 5)), max_size=60),
+    st.sets(st.integers(0, 5)),
+    st.data(),
+)
+def test_actions_are_picked_the_same_by_numpy_and_by_the_plain_loop(
+    rows: list[tuple[int, int]], wanted: set[int], data: st.DataObject
+) -> None:
+    t = Tail()
+    for time, (kind, item) in enumerate(rows):
+        t.append(time, kind, f"e{time}", item, 0, 0, DECIDED)
+    begin = data.draw(st.integers(0, len(rows)))
+    end = data.draw(st.integers(begin, len(rows)))
+    plain = join._acted(t, begin, end, wanted)
+    with mock.patch.object(join, "FEW", -1):
+        assert join._acted(t, begin, end, wanted) == plain
+    assert plain == [r for r in range(begin, end) if t.kinds[r] in (CLICK, LIKE) and t.items[r] in wanted]
 
 
 def test_what_was_decided_or_late_is_no_target_even_at_first() -> None:
