@@ -43,7 +43,7 @@ format: $(VENV)/installed  ## put the code into its format
 	$(VENV)/bin/ruff format streamgr tests
 
 crash-test: $(VENV)/installed  ## N random kills of sequencers and broker during a replay, then everything against the oracle
-	$(PY) -m tests.crash.storm --kills $(N)
+	$(PY) -m tests.crash --kills $(N)
 
 cluster-test: $(VENV)/installed  ## three brokers, killed and frozen one after the other (KAFKA_HOME)
 	STREAMGR_CLUSTER_TESTS=1 $(PY) -m pytest tests/cluster
