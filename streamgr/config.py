@@ -84,7 +84,8 @@ class Model(Section, frozen=True):
     scaling_seqlen: Count = 256  # the constant N of the paper's 1/N; stored with the weights
     position_buckets: Count = 512
     time_buckets: Count = 64
-    negatives: Count = 128
+    negatives: Count = 128  # drawn evenly from the live items
+    batch_negatives: Natural = 0  # and as many at most from the batch's own targets, corrected by log Q
     temperature: Positive = 0.05
     retrieval_weight: Rate = 0.2
 
@@ -95,15 +96,19 @@ class Model(Section, frozen=True):
 
 class Table(Section, frozen=True):
     slots: Count = 65_536
-    bucket_width: Count = 32
+    max_slots: Natural = 0  # doubles up to here when three quarters are taken; 0: stays as it is
+    bucket_width: Count = 16
     fallback_rows: Count = 1_024
-    ttl_seconds: Positive = 30 * 86_400.0
+    ttl_seconds: Positive = 30 * 86_400.0  # of event time since an id was last seen
+    user_ttl_seconds: Seconds = 0.0  # 0: as `ttl_seconds`
+    feature_ttl_seconds: Seconds = 0.0
     half_life_seconds: Seconds = 0.0  # eviction: towards 0 is LRU, large is LFU; 0 means ttl / 4
     admit_min: Count = 1
 
     def __post_init__(self) -> None:
-        if self.slots % self.bucket_width or (self.slots // self.bucket_width) & (self.slots // self.bucket_width - 1):
-            raise ValueError("`slots` must be `bucket_width` times a power of two")
+        buckets = self.slots // self.bucket_width
+        if self.bucket_width % 8 or self.slots % self.bucket_width or buckets & (buckets - 1):
+            raise ValueError("`bucket_width` must be a multiple of 8, and `slots` that times a power of two")
         if self.fallback_rows < 2 or self.fallback_rows % 2:
             raise ValueError("`fallback_rows` must be even and at least 2")
 
@@ -118,7 +123,9 @@ class Trainer(Section, frozen=True):
     max_skew_seconds: Seconds = 60.0
     dense_learning_rate: Rate = 2e-3
     weight_decay: Rate = 0.0
+    table_optimizer: Literal["adagrad", "adam"] = "adagrad"
     table_learning_rate: Rate = 0.05
+    table_half_life_steps: Seconds = 0.0  # adagrad: how long a row's past gradients count; 0: without end
     gradient_clip: Positive = 5.0
     window_targets: Count = 5_000  # prequential: the sliding window
     fade_targets: Positive = 2_000.0  # prequential: half-life of the faded figures

@@ -7,9 +7,12 @@ The order within a step, and why:
    Expiry, too, is judged at the watermark of the steps before: it is the one the served version carries.
 2. The batch's ids are mapped (admitted, touched, evicted). A new slot starts as its key's fallback vector, so mapping
    changes no prediction: what the scorer answers with the same weights is what is judged here (decision 1).
-3. One forward pass. Its probabilities and ranks go to the prequential figures, as they were before learning.
-4. The same pass is learned: dense AdamW with clipping, row-wise Adagrad for the rows that the batch touched. A loss or
-   gradient that is not finite skips the learning of this step, is counted, and nothing is lost but the lesson.
+3. One forward pass. Its probabilities and ranks go to the prequential figures, as they were before learning. It sees
+   the table's rows as they are served, in bfloat16; what is learned goes to their float32 (straight through).
+4. The same pass is learned: dense AdamW with clipping, a row-wise optimizer for the rows that the batch touched. A loss
+   or gradient that is not finite skips the learning of this step, is counted, and nothing is lost but the lesson.
+   Between mapping and learning no row changes hands, so no gradient can reach another id's row.
+5. Now and then, a table that is three quarters full doubles, if it may.
 
 A step is a function of the state before it and of the batch: negatives come from a generator seeded by (seed, step),
 sums over repeated rows run in a fixed order. On CPU the same steps give the same bits.
@@ -27,16 +30,19 @@ from torch.nn.functional import embedding, normalize
 from streamgr import config
 from streamgr.model.losses import ranking_loss, sampled_softmax
 from streamgr.model.recommender import Recommender
-from streamgr.model.table import IdTable, Lookup
+from streamgr.model.table import ITEM, WIRE, IdTable, Lookup, mean, served
 from streamgr.telemetry import counter
 from streamgr.train.batch import Batch
-from streamgr.train.optim import RowAdagrad
+from streamgr.train.optim import row_optimizer
 
 SKIPPED = counter("train_skipped", "Steps whose learning was skipped.", ("reason",))
+GROWN = counter("table_growths", "Times that the ID table has doubled.")
 for _reason in ("loss", "gradient"):
     SKIPPED.labels(_reason)
 
 RANK_CELLS = 1 << 24  # scores of one block of the ranking against all live items
+GROW_STEPS = 64  # how often the table is asked whether it is crowded
+LOG_Q_FLOOR = -20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +58,15 @@ class Predictions:
     live: int
 
 
+@dataclass(frozen=True, slots=True)
+class Negatives:
+    """Rows i64[N], keys u64[N], and log_q f32[N]: the log of how often each stands in such a sample on average."""
+
+    rows: NDArray[np.int64]
+    keys: NDArray[np.uint64]
+    log_q: NDArray[np.float32]
+
+
 class Learner:
     """The three things that change with a step: network, table, optimizers. Not thread safe."""
 
@@ -64,7 +79,7 @@ class Learner:
         self.dense = torch.optim.AdamW(
             self.model.parameters(), lr=trainer.dense_learning_rate, weight_decay=trainer.weight_decay
         )
-        self.sparse = RowAdagrad(len(self.table.weight), table.fallback_rows, trainer.table_learning_rate)
+        self.sparse = row_optimizer(trainer, len(self.table.weight), table.fallback_rows, settings.model.dim)
         self.step = 0
         self.watermark_ms = 0  # the table's clock: the greatest watermark learned
 
@@ -74,7 +89,8 @@ class Learner:
         catalogue = self._catalogue() if len(batch.targets.retrieved) else None
         lookup = self.table.map(batch.tokens.items, batch.tokens.times, watermark_ms=self.watermark_ms)
         self.sparse.reset(torch.from_numpy(lookup.fresh))
-        rows, leaf, vectors, negatives, negative_keys = self._gather(lookup)
+        negatives = self._negatives(batch)
+        rows, leaf, vectors, negative_vectors = self._gather(lookup, negatives)
 
         hidden = self.model.transduce(batch.tokens, vectors)
         logits = self._logits(batch, hidden)
@@ -85,36 +101,59 @@ class Learner:
         if logits is not None:
             labels = torch.from_numpy(batch.targets.labels[batch.targets.ranked]).to(logits)
             loss = loss + ranking_loss(logits, labels)
-        if queries is not None and len(negative_keys):
+        if queries is not None and len(negatives.keys):
             found = batch.targets.retrieved
             positives = embedding(torch.from_numpy(batch.targets.token[found]), vectors)
             loss = loss + self._model_settings.retrieval_weight * sampled_softmax(
                 queries,
                 positives,
-                negatives,
+                negative_vectors,
                 batch.targets.keys[found],
-                negative_keys,
+                negatives.keys,
                 self._model_settings.temperature,
+                negatives.log_q,
             )
         why_not = self._descend(loss, rows, leaf)
         self.watermark_ms = max(self.watermark_ms, batch.watermark_ms)
+        if self.step % GROW_STEPS == 0 and self.table.crowded():
+            self._grow()
         return predictions, why_not
 
-    def _gather(self, lookup: Lookup) -> tuple[Tensor, Tensor, Tensor, Tensor, NDArray[np.uint64]]:
-        """The rows that this step may change i64[k], as one leaf f32[k, D]; the token vectors f32[T, D] and negatives
-        f32[N, D] with their keys, as functions of the leaf."""
-        live_rows, live_keys = self.table.live(self.watermark_ms)
-        generator = torch.Generator().manual_seed((self._settings.seed << 32) + self.step)
-        count = self._model_settings.negatives if len(live_rows) else 0
-        drawn = torch.randint(max(1, len(live_rows)), (count,), generator=generator).numpy()
-        used, place = np.unique(np.concatenate([lookup.rows_a, lookup.rows_b, live_rows[drawn]]), return_inverse=True)
+    def _negatives(self, batch: Batch) -> "Negatives":
+        """Items that the batch's targets are told from: some drawn evenly from the live ones, some from the batch.
+
+        An item then stands in the sample Q = drawn / live + taken * share times on average, where share is its part of
+        the recent past by the table's own count; log Q is what makes the sample stand for all live items.
+        """
+        settings, table = self._model_settings, self.table
+        rng = np.random.default_rng((self._settings.seed, self.step))
+        rows, keys = table.draw(settings.negatives, ITEM, self.watermark_ms, rng)
+        if not len(keys) or not settings.batch_negatives:
+            return Negatives(rows, keys, np.zeros(len(keys), np.float32))
+        own = batch.targets.keys[batch.targets.retrieved]
+        own = own[rng.permutation(len(own))[: settings.batch_negatives]]
+        slots = table.lookup(own, watermark_ms=self.watermark_ms)
+        held = slots.rows_a == slots.rows_b  # an id without a slot has no count of its own
+        rows, keys = np.concatenate([rows, slots.rows_a[held]]), np.concatenate([keys, own[held]])
+        q = settings.negatives / max(1, table.live_count(self.watermark_ms, ITEM)) + held.sum() * table.share(rows)
+        return Negatives(rows, keys, np.maximum(np.log(q), LOG_Q_FLOOR).astype(np.float32))
+
+    def _gather(self, lookup: Lookup, negatives: "Negatives") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The rows that this step may change i64[k], as they are served, as one leaf f32[k, D]; the token vectors
+        f32[T, D] and the negatives' f32[N, D], as functions of the leaf."""
+        used, place = np.unique(np.concatenate([lookup.rows_a, lookup.rows_b, negatives.rows]), return_inverse=True)
         rows = torch.from_numpy(used)
-        leaf = self.table.weight.index_select(0, rows).requires_grad_()
+        leaf = self.table.weight.index_select(0, rows).to(WIRE).float().requires_grad_()
         # `embedding` sums the gradient of a repeated row in one fixed order; indexing need not
         n = len(lookup.rows_a)
         a, b, c = (torch.from_numpy(part) for part in np.split(place, [n, 2 * n]))
-        vectors = (embedding(a, leaf) + embedding(b, leaf)) / 2
-        return rows, leaf, vectors, embedding(c, leaf), live_keys[drawn]
+        return rows, leaf, mean(embedding(a, leaf), embedding(b, leaf)), embedding(c, leaf)
+
+    def _grow(self) -> None:
+        """Twice the slots, for table and optimizer alike."""
+        before, after = self.table.grow()
+        self.sparse.grow(len(self.table.weight), before, after)
+        GROWN.inc()
 
     def _logits(self, batch: Batch, hidden: Tensor) -> Tensor | None:
         """f32[ranked, K]"""
@@ -133,8 +172,8 @@ class Learner:
 
     def _catalogue(self) -> tuple[NDArray[np.uint64], Tensor]:
         """The live items as they are now: keys u64[k] and normalised vectors f32[k, D] (a copy)."""
-        rows, keys = self.table.live(self.watermark_ms)
-        vectors = normalize(self.table.weight.index_select(0, torch.from_numpy(rows)), dim=1, eps=1e-6)
+        rows, keys = self.table.live(self.watermark_ms, ITEM)
+        vectors = normalize(served(self.table.weight.index_select(0, torch.from_numpy(rows))), dim=1, eps=1e-6)
         return keys, vectors
 
     @torch.no_grad()
@@ -151,7 +190,7 @@ class Learner:
         if logits is not None:
             probabilities[targets.ranked] = logits.sigmoid().numpy()
         if queries is None or catalogue is None:
-            return Predictions(probabilities, rank, len(self.table.live(self.watermark_ms)[0]))
+            return Predictions(probabilities, rank, len(self.table.live(self.watermark_ms, ITEM)[0]))
         keys, vectors = catalogue
         order = np.argsort(keys)
         found = targets.retrieved
@@ -187,7 +226,7 @@ class Learner:
             return "gradient"
         self.dense.step()
         touched = gradient.any(dim=1)
-        self.sparse.step(self.table.weight, rows[touched], gradient[touched])
+        self.sparse.step(self.table.weight, rows[touched], gradient[touched], self.step)
         self.table.touch(rows[touched].numpy())
         return ""
 
@@ -197,7 +236,7 @@ class Learner:
         """Everything that a later step depends on, by name."""
         tensors = {f"model/{name}": value.detach() for name, value in self.model.state_dict().items()}
         tensors |= {f"table/{name}": value for name, value in self.table.state().items()}
-        tensors["adagrad/accumulator"] = self.sparse.accumulator
+        tensors |= {f"sparse/{name}": column for name, column in self.sparse.state.items()}
         for name, parameter in self.model.named_parameters():
             for key, value in self.dense.state.get(parameter, {}).items():
                 tensors[f"adamw/{key}/{name}"] = value.detach()
@@ -207,7 +246,7 @@ class Learner:
         """Become what `state` was taken from; raises `ConfigError` where the table's geometry differs."""
         self.model.load_state_dict(_under("model/", tensors))
         self.table.load_state(_under("table/", tensors))
-        self.sparse.accumulator.copy_(tensors["adagrad/accumulator"])
+        self.sparse.load_state(_under("sparse/", tensors))
         for name, parameter in self.model.named_parameters():
             state = {
                 key: tensors[f"adamw/{key}/{name}"]

@@ -13,7 +13,7 @@ from streamgr.clock import Deadline
 from streamgr.errors import BrokerUnreachable, DataError
 from streamgr.events import Record
 from streamgr.kafka.consumer import Consumer
-from streamgr.weights.manifest import ClaimRecord, Manifest, Rejected, chunk_key, decode
+from streamgr.weights.manifest import Content, Manifest, Rejected, chunk_key, decode
 
 ConsumerFactory = Callable[[], Consumer]
 
@@ -22,10 +22,10 @@ ASK_SECONDS = 1.0  # one question to the broker about a log's bounds
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One record of the manifests topic: a claim (its offset is the epoch), a manifest, or why it is neither."""
+    """One record of the manifests topic: a claim (its offset is the epoch), a manifest, a pin, or why it is neither."""
 
     offset: int
-    content: ClaimRecord | Manifest | Rejected
+    content: Content | Rejected
 
 
 class ManifestLog:
@@ -51,11 +51,10 @@ class ManifestLog:
         for record in self._consumer.poll(500, timeout):
             self.next_offset = record.offset + 1
             try:
-                content: ClaimRecord | Manifest | Rejected | None = decode(record.key, record.value, record.offset)
+                content: Content | Rejected = decode(record.key, record.value, record.offset)
             except Rejected as rejected:
                 content = rejected
-            if content is not None:
-                entries.append(Entry(record.offset, content))
+            entries.append(Entry(record.offset, content))
         return entries
 
     def read_until(self, end: int, deadline: Deadline) -> list[Entry]:

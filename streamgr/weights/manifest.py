@@ -10,7 +10,7 @@ The manifests topic is compacted, so its keys decide what it keeps:
     claim              the newest claim; its offset is the epoch of the trainer that wrote it
     manifest/<n>       n = version mod 4096: the topic keeps the last 4096 versions and no more, so a reader that
                        starts from its beginning reads a bounded log, and nobody has to write tombstones
-    pin                reserved: the version that scorers are held at
+    pin                the version that scorers are held at; a null value lets them go
 
 The wire is JSON in an envelope `{"format", "sha256", "body"}`; the digest is over the body's bytes as they came, so a
 flipped bit anywhere is an error here and not a wrong horizon later.
@@ -35,7 +35,7 @@ MAX_BYTES = (2 << 20) - (64 << 10)  # of a record of the manifests topic, which 
 MAX_LEARNED = 4096  # targets whose freshness one manifest carries
 
 Kind = Literal["snapshot", "delta"]
-Reason = Literal["gap", "digest", "shape", "nonfinite", "schema", "epoch", "truncated"]
+Reason = Literal["gap", "digest", "shape", "nonfinite", "schema", "epoch", "truncated", "probe"]
 
 
 class Rejected(DataError):
@@ -60,6 +60,13 @@ class Chunk(msgspec.Struct, array_like=True, frozen=True):
     offset: int
     size: int
     sha256: str
+
+
+class Probe(msgspec.Struct, frozen=True):
+    """Ids (u64) and what the trainer answered about them with this version; see `model.probe`."""
+
+    keys: list[int] = []
+    logits: list[list[float]] = []
 
 
 class PackedLearned(msgspec.Struct, frozen=True):
@@ -90,6 +97,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     bytes: int
     quality: dict[str, Any] = {}
     learned: PackedLearned = PackedLearned()
+    state_digest: str = ""  # of the whole table as it stands after this version; see `weights.digest`
+    probe: Probe = Probe()
     code: str = __version__
 
     @property
@@ -111,6 +120,23 @@ class ClaimRecord(msgspec.Struct, frozen=True):
 
     claimed_ms: int
     last_version: int  # the highest that the claimant knew of by itself, 0 for none
+
+
+class PinRecord(msgspec.Struct, frozen=True):
+    """An operator's word: serve this version and no other until the pin is taken away."""
+
+    epoch: int
+    version: int
+    pinned_ms: int
+    why: str = ""
+
+    @property
+    def order(self) -> tuple[int, int]:
+        return self.epoch, self.version
+
+
+class Unpinned(msgspec.Struct, frozen=True):
+    """The pin has been taken away."""
 
 
 class Envelope(msgspec.Struct, frozen=True):
@@ -205,21 +231,24 @@ def chunk_key(epoch: int, version: int, index: int) -> bytes:
 
 _body = msgspec.json.Encoder()
 _envelope = msgspec.json.Decoder(Envelope)
-_bodies: dict[type, msgspec.json.Decoder[Any]] = {t: msgspec.json.Decoder(t) for t in (Manifest, ClaimRecord)}
+Content = Manifest | ClaimRecord | PinRecord | Unpinned
+_bodies: dict[type, msgspec.json.Decoder[Any]] = {
+    t: msgspec.json.Decoder(t) for t in (Manifest, ClaimRecord, PinRecord)
+}
 
 
-def encode(record: Manifest | ClaimRecord) -> bytes:
+def encode(record: Manifest | ClaimRecord | PinRecord) -> bytes:
     """The bytes of one record of the manifests topic."""
     body = _body.encode(record)
     return msgspec.json.encode(Envelope(FORMAT, sha256(body).hexdigest(), msgspec.Raw(body)))
 
 
-def decode(key: bytes | None, value: bytes | None, offset: int) -> Manifest | ClaimRecord | None:
-    """Read one record; None for what this version reserves. Raises `Rejected` (schema, digest, epoch) on the rest."""
+def decode(key: bytes | None, value: bytes | None, offset: int) -> Content:
+    """Read one record. Raises `Rejected` (schema, digest, epoch) on what is none."""
     where = f"manifests[0]@{offset}"
-    if key == PIN_KEY:
-        return None
-    kind: type = ClaimRecord if key == CLAIM_KEY else Manifest
+    if key == PIN_KEY and value is None:
+        return Unpinned()
+    kind: type = {CLAIM_KEY: ClaimRecord, PIN_KEY: PinRecord}.get(key or b"", Manifest)
     if value is None or len(value) > MAX_BYTES:
         raise Rejected("schema", f"a value of {len(value) if value else 0} bytes under key {key!r}", where=where)
     try:
@@ -228,7 +257,7 @@ def decode(key: bytes | None, value: bytes | None, offset: int) -> Manifest | Cl
             raise Rejected("schema", f"format {envelope.format}, this version reads {FORMAT}", where=where)
         if sha256(envelope.body).hexdigest() != envelope.sha256:
             raise Rejected("digest", "the body is not what was written", where=where)
-        record: Manifest | ClaimRecord = _bodies[kind].decode(envelope.body)
+        record: Content = _bodies[kind].decode(envelope.body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Rejected("schema", f"not a {kind.__name__}: {error}", where=where) from None
     if isinstance(record, Manifest):

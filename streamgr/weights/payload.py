@@ -1,8 +1,8 @@
 """The payload: named tensors to bytes and back, with every byte accounted for.
 
-A payload is a dict of tensors: `dense/<parameter>` for the network and, for the ID table, the four columns
-`table/rows` i64[n], `table/keys` i64[n] or u64[n], `table/last_ms` i64[n] and `table/weight` f[n, D]. A snapshot holds
-all used rows (whoever applies it clears the others), a delta every dense parameter and the rows that changed.
+A payload is a dict of tensors: `dense/<parameter>` for the network and, for the ID table, what `IdTable.rows` gives:
+`table/rows`, `table/keys`, `table/until_ms` i64[n], `table/field` u8[n] and `table/weight` bf16[n, D]. A snapshot holds
+all used rows (whoever applies it has no others), a delta every dense parameter and the rows that changed.
 
 On the wire it is one safetensors file cut into chunks. Records of the weights topic can be written by more than the
 trainer, so they are untrusted input: nothing executable is ever read (safetensors, no pickle), the header is bounded,
@@ -24,7 +24,7 @@ from streamgr.weights.manifest import Rejected, TensorSpec
 Payload = dict[str, Tensor]
 
 MAX_HEADER_BYTES = 4 << 20
-TABLE = ("table/rows", "table/keys", "table/last_ms", "table/weight")
+TABLE = ("table/rows", "table/keys", "table/until_ms", "table/field", "table/weight")
 DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
@@ -97,12 +97,13 @@ def check(payload: Payload) -> None:
         return
     if len(present) < len(TABLE):
         raise Rejected("schema", f"a table needs {', '.join(TABLE)}; here are {', '.join(present)}")
-    rows, keys, last, weight = (payload[name] for name in TABLE)
-    wide = (torch.int64, torch.uint64)
-    if not (rows.dtype == last.dtype == torch.int64 and keys.dtype in wide and weight.is_floating_point()):
+    rows, keys, until, field, weight = (payload[name] for name in TABLE)
+    kinds_right = rows.dtype == keys.dtype == until.dtype == torch.int64 and field.dtype == torch.uint8
+    if not (kinds_right and weight.dtype == torch.bfloat16):
         kinds = ", ".join(f"{name} {payload[name].dtype}" for name in TABLE)
         raise Rejected("schema", f"columns of other kinds than a table has: {kinds}", where="table")
-    if rows.dim() != 1 or keys.shape != rows.shape or last.shape != rows.shape or weight.shape[:-1] != rows.shape:
+    columns = (keys.shape, until.shape, field.shape, weight.shape[:-1])
+    if rows.dim() != 1 or any(shape != rows.shape for shape in columns):
         raise Rejected("shape", f"columns {[tuple(payload[name].shape) for name in TABLE]}", where="table")
     if len(rows) and (int(rows.min()) < 0 or len(torch.unique(rows)) != len(rows)):
         raise Rejected("shape", "rows that are negative or named twice", where="table/rows")

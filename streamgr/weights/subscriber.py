@@ -31,7 +31,7 @@ from streamgr.weights.payload import Payload
 from streamgr.weights.publisher import VERSION
 
 REJECTED = counter("weights_rejected", "Versions refused; what was served stays.", ("reason",))
-_REASONS: tuple[Reason, ...] = ("gap", "digest", "shape", "nonfinite", "schema", "epoch", "truncated")
+_REASONS: tuple[Reason, ...] = ("gap", "digest", "shape", "nonfinite", "schema", "epoch", "truncated", "probe")
 for _reason in _REASONS:
     REJECTED.labels(_reason)  # an alert needs the zero before the first one
 
@@ -114,6 +114,8 @@ class Subscriber:
             raise content
         if isinstance(content, ClaimRecord):
             self._epoch = max(self._epoch, entry.offset)
+            return
+        if not isinstance(content, Manifest):
             return
         if content.order <= self._newest and entry.offset < (self._start_end or 0):
             return  # read again after the log was cut
