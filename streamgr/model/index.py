@@ -6,14 +6,23 @@ compared at once, so keys are read only where a tag agrees.
 
 What decides, and on nothing else does a result depend (not on the order of a batch, not on when it was swept):
 
-- Expiry: a slot holds its key until `until_ms`, the time when the key was last seen plus the life of its field. Beyond
-  the watermark it is free, at once; nothing sweeps. Who has expired is a difference: admissions - evictions - live.
+- Expiry: a slot holds its key while `until_ms` >= the watermark. `until_ms` is the newest time at which the key was seen
+  plus the life of its field. Beyond that the slot is free, at once, though its bytes stay until somebody takes it;
+  nothing sweeps. Who has expired is a difference: admissions - evictions - live.
+- A batch counts each key once, with its newest time, how often it came and, where it is new, the lowest field named with
+  it (a held key keeps its own). First those that are held are touched. Of the others, who would have expired already is
+  "stale"; who the sketch, if there is one, has counted fewer than `admit_min` times is "unadmitted"; the rest is placed.
+- The score is the forward-decayed count (`decay`): a batch adds `at(newest) + times(count)` to that of a key that it
+  finds and starts that of a key that it places. All tokens of a batch, whatever becomes of them, go to `total` in the
+  same way, at the newest time among them; a key's `share` is its score in that.
 - Placing runs in rounds. In each, every key still without a slot turns to the bucket of its two with more free slots,
-  the first if they are equal; where neither has any, to the one whose lowest score is lower. Of those who turn to a
-  bucket with free slots the smallest keys take them, in ascending order; of those who turn to a full one the smallest
-  key evicts the lowest score. Rounds end when nobody is waiting who can be placed; who is left is "unplaced".
-- A slot that one of the last `pin_depth` + 1 batches has touched is pinned: neither free nor evicted, so no row changes
-  hands between the batch that looked it up and the gradient that comes back to it.
+  the first if they are equal; where neither has any, to the one whose lowest unpinned score is lower, again the first if
+  they are equal. Of those who turn to a bucket with free slots the smallest keys take them, both in ascending order; of
+  those who turn to a full one the smallest key evicts the lowest score, of equal ones the lowest slot. Rounds end when
+  nobody is waiting who can be placed; who is left is "unplaced".
+- A slot that one of the last `pin_depth` + 1 batches has touched (empty batches count) is pinned: neither free nor
+  evicted, so no row changes hands between the batch that looked it up and the gradient that comes back to it. A pinned
+  slot may expire: its key is then a miss, and placed elsewhere when it returns.
 
 `map` changes the index (training), `find` only reads (serving). The slow twin is the oracle in the tests; the one on a
 GPU is `index_triton`.
@@ -77,7 +86,10 @@ class Index:
         admit_min: int = 1,
         pin_depth: int = 0,
     ) -> None:
-        """`slots`: `width` times a power of two; `width`: a multiple of 8. lives_ms: of each field's keys."""
+        """slots: `width` times a power of two; width: a multiple of 8. lives_ms: of each field's keys.
+
+        half_life_ms: of the scores, 1 000 to 2^42. pin_depth: how many batches may be on their way beside this one.
+        """
         self.width, self._half_life_ms = width, half_life_ms
         self._lives = np.array(lives_ms, np.int64)
         self._sketch, self._admit_min, self._pin_depth = sketch, admit_min, pin_depth
@@ -190,12 +202,12 @@ class Index:
         missed = np.flatnonzero(slots < 0)
         if not len(missed):
             return Mapped(slots, np.zeros(0, np.int64), np.zeros(0, np.uint64))
-        new, first, inverse, counts = np.unique(
-            keys[missed], return_index=True, return_inverse=True, return_counts=True
-        )
+        new, inverse, counts = np.unique(keys[missed], return_inverse=True, return_counts=True)
         newest = np.full(len(new), EMPTY, np.int64)
         np.maximum.at(newest, inverse, times[missed])
-        kinds = np.full(len(new), fields, np.uint8) if isinstance(fields, int) else fields[missed][first]
+        kinds = np.full(len(new), fields if isinstance(fields, int) else np.iinfo(np.uint8).max, np.uint8)
+        if not isinstance(fields, int):
+            np.minimum.at(kinds, inverse, fields[missed])
         until = _after(newest, self._lives[kinds])
 
         wanted = np.flatnonzero(until >= self.watermark)
@@ -289,6 +301,7 @@ class Index:
     def grow(self) -> I64:
         """Twice the slots. Every bucket splits in two by one more bit of its keys' hashes; nobody is displaced.
 
+        A key that was in its first bucket is in its first bucket again, else in its second, at the same place in it.
         Returns where each old slot has gone, i64[old slots].
         """
         bucket, column = np.divmod(np.arange(len(self)), self.width)
