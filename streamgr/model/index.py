@@ -93,7 +93,7 @@ class Index:
         self.width, self._half_life_ms = width, half_life_ms
         self._lives = np.array(lives_ms, np.int64)
         self._sketch, self._admit_min, self._pin_depth = sketch, admit_min, pin_depth
-        self.watermark, self.total, self.batch = EMPTY, decay.NEVER, 0
+        self.watermark, self.total, self.batch = EMPTY + 1, decay.NEVER, 0
         self.tally = Tally()
         self._lay(slots)
 

@@ -216,6 +216,13 @@ def test_a_batch_that_needs_more_than_there_is_never_takes_what_is_pinned() -> N
     assert (index.tally.evictions, index.tally.unplaced, len(index.live(START))) == (4, 4, 8)
 
 
+def test_before_any_watermark_there_is_room() -> None:
+    """The lowest of all watermarks finds free slots and evicts nobody."""
+    index = build(16, 8)
+    index.map(u64(5, 6), i64(0, -5), 0, watermark_ms=EMPTY)
+    assert len(index.live(EMPTY)) == 2 and index.tally.evictions == 0
+
+
 def test_the_ends_of_time_are_only_clipped() -> None:
     index = build(8, 8, half_life=1_000)
     index.map(u64(1, 2), i64(2**63 - 1, -(2**62)), 0, watermark_ms=-(2**63) + 5)
