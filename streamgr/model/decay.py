@@ -41,5 +41,5 @@ def add(old: I64, seen: I64) -> I64:
 
 def ratio(scores: I64, total: int) -> NDArray[np.float64]:
     """The share f64[n] that each has in a total; 0 for what has never been seen."""
-    share: NDArray[np.float64] = np.exp2(np.clip(scores - total, -1022 << FRACTION, 0) / (1 << FRACTION))
+    share: NDArray[np.float64] = np.exp2(np.minimum(scores - total, 0) / (1 << FRACTION))
     return share

@@ -280,6 +280,7 @@ def test_a_share_is_the_decayed_share_of_all_tokens(half_life: int) -> None:
     seen = np.flatnonzero(counts > 1e-3)
     slots = index.find(seen.astype(np.uint64), then)
     np.testing.assert_allclose(index.share(slots), (counts / every)[seen], rtol=1e-3)
+    assert np.all(index.share(np.setdiff1d(np.arange(64), index.live(then))) == 0)
 
 
 def test_shares_follow_a_distribution_that_flips() -> None:
