@@ -6,20 +6,21 @@ compared at once, so keys are read only where a tag agrees.
 
 What decides, and on nothing else does a result depend (not on the order of a batch, not on when it was swept):
 
-- Expiry: a slot holds its key while `until_ms` >= the watermark. `until_ms` is the newest time at which the key was seen
-  plus the life of its field. Beyond that the slot is free, at once, though its bytes stay until somebody takes it;
+- Expiry: a slot holds its key while `until_ms` >= the watermark. `until_ms` is the newest time at which the key was
+  seen plus the life of its field. Beyond that the slot is free, at once, though its bytes stay until somebody takes it;
   nothing sweeps. Who has expired is a difference: admissions - evictions - live.
-- A batch counts each key once, with its newest time, how often it came and, where it is new, the lowest field named with
-  it (a held key keeps its own). First those that are held are touched. Of the others, who would have expired already is
-  "stale"; who the sketch, if there is one, has counted fewer than `admit_min` times is "unadmitted"; the rest is placed.
+- A batch counts each key once, with its newest time, how often it came and, where it is new, the lowest field named
+  with it (a held key keeps its own). First those that are held are touched. Of the others, who would have expired
+  already is "stale"; who the sketch, if there is one, has counted fewer than `admit_min` times is "unadmitted"; the
+  rest is placed.
 - The score is the forward-decayed count (`decay`): a batch adds `at(newest) + times(count)` to that of a key that it
   finds and starts that of a key that it places. All tokens of a batch, whatever becomes of them, go to `total` in the
   same way, at the newest time among them; a key's `share` is its score in that.
 - Placing runs in rounds. In each, every key still without a slot turns to the bucket of its two with more free slots,
-  the first if they are equal; where neither has any, to the one whose lowest unpinned score is lower, again the first if
-  they are equal. Of those who turn to a bucket with free slots the smallest keys take them, both in ascending order; of
-  those who turn to a full one the smallest key evicts the lowest score, of equal ones the lowest slot. Rounds end when
-  nobody is waiting who can be placed; who is left is "unplaced".
+  the first if they are equal; where neither has any, to the one whose lowest unpinned score is lower, again the first
+  if they are equal. Of those who turn to a bucket with free slots the smallest keys take them, both in ascending order;
+  of those who turn to a full one the smallest key evicts the lowest score, of equal ones the lowest slot. Rounds end
+  when nobody is waiting who can be placed; who is left is "unplaced".
 - A slot that one of the last `pin_depth` + 1 batches has touched (empty batches count) is pinned: neither free nor
   evicted, so no row changes hands between the batch that looked it up and the gradient that comes back to it. A pinned
   slot may expire: its key is then a miss, and placed elsewhere when it returns.
