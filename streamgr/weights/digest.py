@@ -1,12 +1,13 @@
 """The digest of a table's whole state, kept at the cost of what changes: so each version proves all that is served.
 
-    H(row) = fmix64(fmix64(key + row C) + until D + field E + sum_i word_i odd_i)     of the row as the wire has it
+    H(row) = fmix64(fmix64(key + row C) + until D + field E + sum_i fmix64(word_i) odd_i)    as the wire has the row
     digest = sum of H over all rows held, modulo 2^64
 
 A sum needs no order, and a row that changes takes its old term out and puts its new one in. The publisher keeps one sum
 over what it has published and writes it into each manifest; a reader keeps one over what it has applied, and serves
-nothing whose sum is not the manifest's. A single changed word always shows; anything else is missed once in 2^64. It
-guards against loss and mistakes, not against forgery: the chunks' sha256 are what a version's bytes are held to.
+nothing whose sum is not the manifest's. A single changed word always shows; anything else is missed once in 2^64 (the
+words are mixed first, for the top bit of a word times any odd number is that bit: two of them would cancel). It guards
+against loss and mistakes, not against forgery: the chunks' sha256 are what a version's bytes are held to.
 
 A snapshot begins again at nothing: it holds every row that a reader then has.
 """
@@ -27,6 +28,8 @@ BLOCK = 1 << 12  # rows hashed together: their words stay in the cache
 def row_hashes(part: Mapping[str, Tensor]) -> U64:
     """u64[n] of rows as `IdTable.rows` gives them."""
     n = len(part["rows"])
+    if not n:
+        return np.zeros(0, np.uint64)
     rows, keys, until = (part[name].numpy().view(np.uint64) for name in ("rows", "keys", "until_ms"))
     field = part["field"].numpy().astype(np.uint64)
     raw: NDArray[np.uint8] = part["weight"].contiguous().view(torch.uint8).numpy().reshape(n, -1)
@@ -36,7 +39,7 @@ def row_hashes(part: Mapping[str, Tensor]) -> U64:
     odd = fmix64(np.arange(1, words.shape[1] + 1, dtype=np.uint64)) | np.uint64(1)
     inner = fmix64(keys + rows * ROW) + until * UNTIL + field * FIELD
     for at in range(0, n, BLOCK):
-        inner[at : at + BLOCK] += (words[at : at + BLOCK] * odd).sum(1, dtype=np.uint64)
+        inner[at : at + BLOCK] += (fmix64(words[at : at + BLOCK]) * odd).sum(1, dtype=np.uint64)
     return fmix64(inner)
 
 
