@@ -4,11 +4,10 @@ Both keep a row's own clock, so that untouched rows cost nothing, and start anew
 must not inherit the old one's caution. Fallback rows are shared by many ids and learn at a quarter of the rate.
 Gradients come summed per row, in float32 and in one fixed order (`Learner._gather`).
 
-    Adagrad   acc = INITIAL + keep^s (acc - INITIAL) + mean_d g^2;   w -= lr g / sqrt(acc)
+    Adagrad   acc = INITIAL + 2^(-s / half life) (acc - INITIAL) + mean_d g^2;   w -= lr g / sqrt(acc)
 
-s is how many steps ago the row was last touched, keep^half_life = 1/2; without forgetting a hot id freezes while its
-meaning drifts on. From 0 a row's first step would have length lr whatever its gradient, which among newcomers is mostly
-noise; hence INITIAL.
+s is how many steps ago the row was last touched; without forgetting a hot id freezes while its meaning drifts on. From
+0 a row's first step would have length lr whatever its gradient, which among newcomers is mostly noise; hence INITIAL.
 
     Adam      m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) mean_d g^2
               w -= lr m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
@@ -72,7 +71,7 @@ class RowAdagrad(RowOptimizer):
     def __init__(self, rows: int, fallback_rows: int, learning_rate: float, half_life_steps: float = 0.0) -> None:
         """half_life_steps: of what is remembered; 0: nothing is ever forgotten."""
         super().__init__(rows, fallback_rows, learning_rate)
-        self._keep = 0.5 ** (1 / half_life_steps) if half_life_steps else 1.0
+        self._half_life = half_life_steps
         self.state = {"accumulator": torch.full((rows,), INITIAL), "touched": torch.zeros(rows, dtype=torch.int64)}
 
     def reset(self, rows: Tensor) -> None:
@@ -81,10 +80,10 @@ class RowAdagrad(RowOptimizer):
     def _move(self, rows: Tensor, gradient: Tensor, now: int) -> Tensor:
         accumulator, touched = self.state["accumulator"], self.state["touched"]
         kept = accumulator.index_select(0, rows)
-        if self._keep < 1:
+        if self._half_life:
             since = now - touched.index_select(0, rows)
-            kept = INITIAL + (kept - INITIAL) * torch.pow(self._keep, since)
-            touched.index_fill_(0, rows, now)
+            kept = INITIAL + (kept - INITIAL) * torch.exp2(-since / self._half_life)
+        touched.index_fill_(0, rows, now)
         kept = kept + gradient.square().mean(dim=1)
         accumulator.index_copy_(0, rows, kept)
         return gradient / kept.sqrt()[:, None]
