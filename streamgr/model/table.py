@@ -206,7 +206,7 @@ class IdTable:
         return len(self.index.live(self.index.watermark)) > CROWDED * slots
 
     def grow(self) -> tuple[Tensor, Tensor]:
-        """Twice the slots; which rows i64[k] have gone where, i64[k]. Every row counts as changed."""
+        """Twice the slots; which rows i64[k] have gone where, i64[k]. Every row but that of zeros counts as changed."""
         old, weight = self.first_slot + np.arange(len(self.index)), self.weight
         new = self.first_slot + self.index.grow()
         self.weight = torch.zeros(self.first_slot + len(self.index), self.dim)
@@ -214,6 +214,7 @@ class IdTable:
         before, after = torch.from_numpy(old), torch.from_numpy(new)
         self.weight[after] = weight[before]
         self._changed = np.full(len(self.weight), self._mark, np.int64)
+        self._changed[0] = -1  # the row of zeros never does
         return before, after
 
     def state(self) -> dict[str, Tensor]:
