@@ -186,6 +186,8 @@ class IdTable:
             raise DataError(
                 f"rows outside 1..{len(self.weight) - 1} or twice", where="table/rows", remedy="use the same [table]"
             )
+        if np.any(field > FEATURE):
+            raise DataError(f"a field beyond {FEATURE}", where="table/field", remedy="use the same version of streamgr")
         own = np.flatnonzero(rows >= self.first_slot)
         slots, keys, until = rows[own] - self.first_slot, keys[own], until[own]
         first, second = self.index.homes(keys)

@@ -285,6 +285,7 @@ def test_rows_that_cannot_belong_to_the_table_are_refused_and_change_nothing() -
         good | {"keys": good["keys"][:1]},
         good | {"until_ms": good["until_ms"][:1]},
         good | {"field": good["field"][:1]},
+        good | {"field": torch.tensor([0, FEATURE + 1], dtype=torch.uint8)},
         one | {"rows": torch.tensor([foreign[0] + table.first_slot]), "keys": torch.tensor([5])},
     ):
         with pytest.raises(DataError):
