@@ -12,7 +12,7 @@ BENCH ?=
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format crash-test cluster-test fuzz bench-ingest bench-latency bench-restore bench-replay clean
+.PHONY: help install demo test check format crash-test cluster-test fuzz bench-ingest bench-latency bench-restore bench-replay bench-table bench-vocabulary clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -63,6 +63,12 @@ bench-restore: $(VENV)/installed  ## replay, checkpoint, snapshot and restore of
 bench-replay: $(VENV)/installed  ## replay real logs through the real pipeline: exactness and prequential quality
 	$(PY) -m streamgr evaluate $(DATA)/deskdrop/events.csv.gz --set sequence.history_length=64
 	$(PY) -m streamgr evaluate $(DATA)/ebnerd_slice/events.csv.gz --set sequence.history_length=64
+
+bench-table: $(VENV)/installed  ## ids per second to slots, beside a dict, id % size, sorted search and linear probing
+	$(PY) -m tests.bench.table $(BENCH)
+
+bench-vocabulary: $(VENV)/installed  ## quality under churn at equal memory: our table and its parts beside hashed and static ones
+	$(PY) -m tests.bench.vocabulary --data $(DATA) $(BENCH)
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist reports

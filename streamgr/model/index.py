@@ -259,25 +259,26 @@ class Index:
         taken = np.full(len(keys), -1, np.int64)
         white = fmix64(keys)
         both = np.stack([first_buckets(white, self.buckets), second_buckets(white, self.buckets)], 1)
-        column, waiting = np.arange(self.width), np.arange(len(keys))
+        waiting = np.arange(len(keys))
+        pins, untils, scores = (column.reshape(-1, self.width) for column in (self.pin, self.until_ms, self.score))
         while len(waiting):
-            slots = (both[waiting] * self.width)[:, :, None] + column  # [n, 2, W]
-            pinned = self.pin[slots] >= self.batch - self._pin_depth
-            free = (self.until_ms[slots] < self.watermark) & ~pinned
+            two = both[waiting]  # a bucket is taken as one row, which costs half of what its slots cost one by one
+            pinned = pins.take(two, 0) >= self.batch - self._pin_depth  # [n, 2, W]
+            free = (untils.take(two, 0) < self.watermark) & ~pinned
             room = free.sum(2)
-            cost = np.where(pinned, FOREVER, self.score[slots])
+            cost = np.where(pinned, FOREVER, scores.take(two, 0))
             lowest = cost.min(2)
             some = room.any(1)
             second = np.where(some, room[:, 1] > room[:, 0], lowest[:, 1] < lowest[:, 0]).astype(np.int64)
             n = np.arange(len(waiting))
             can = np.flatnonzero(some | (lowest[n, second] < FOREVER))
-            bucket = both[waiting[can], second[can]]
-            order = can[np.argsort(bucket, kind="stable")]  # by bucket, then by key
-            rank = _rank(both[waiting[order], second[order]])
+            order = can[np.argsort(two[can, second[can]], kind="stable")]  # by bucket, then by key
+            bucket = two[order, second[order]]
+            rank = _rank(bucket)
             free, cost = free[order, second[order]], cost[order, second[order]]
             chosen = np.where(some[order], (np.cumsum(free, 1) == rank[:, None] + 1).argmax(1), cost.argmin(1))
             wins = rank < np.where(some[order], free.sum(1), 1)
-            who, slot = waiting[order[wins]], slots[order[wins], second[order[wins]], chosen[wins]]
+            who, slot = waiting[order[wins]], (bucket * self.width + chosen)[wins]
             self.tally.admissions += len(who)
             self.tally.evictions += int(np.count_nonzero(~some[order[wins]]))
             self.keys[slot], self.until_ms[slot], self.pin[slot] = keys[who], until[who], self.batch
