@@ -12,7 +12,8 @@ BENCH ?=
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format crash-test cluster-test fuzz bench-ingest bench-latency bench-restore bench-replay bench-table bench-vocabulary clean
+.PHONY: help install demo test check format crash-test cluster-test fuzz fuzz-weights
+.PHONY: bench-ingest bench-latency bench-restore bench-replay bench-table bench-delta bench-vocabulary clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -51,6 +52,9 @@ cluster-test: $(VENV)/installed  ## three brokers, killed and frozen one after t
 fuzz: $(VENV)/installed  ## MESSAGES mutated records: each in a sequence or in the dead letters with its reason
 	$(PY) -m tests.fuzz.records --messages $(MESSAGES)
 
+fuzz-weights: $(VENV)/installed  ## N damaged and N lying weights logs: the trainer's exact state, or a named refusal
+	STREAMGR_WEIGHTS_FUZZ=$(N) $(PY) -m pytest tests/weights/test_fuzz.py
+
 bench-ingest: $(VENV)/installed  ## events per second through the stream side, by stage and by history length
 	$(PY) -m tests.bench.ingest $(BENCH)
 
@@ -59,6 +63,9 @@ bench-latency: $(VENV)/installed  ## from the broker's append to the sequence at
 
 bench-restore: $(VENV)/installed  ## replay, checkpoint, snapshot and restore of a million events
 	$(PY) -m tests.bench.restore $(BENCH)
+
+bench-delta: $(VENV)/installed  ## a weights delta of 100,000 rows: cut, serialise, verify, apply, roll back; its bytes
+	$(PY) -m tests.bench.delta $(BENCH)
 
 bench-replay: $(VENV)/installed  ## replay real logs through the real pipeline: exactness and prequential quality
 	$(PY) -m streamgr evaluate $(DATA)/deskdrop/events.csv.gz --set sequence.history_length=64

@@ -194,6 +194,12 @@ def _weights(args: argparse.Namespace, config: Config, origin: dict[str, str]) -
         return _lines(views.list_versions(config, clock))
     if args.verb == "show":
         return _lines([views.show(config, clock, args.version)])
+    if args.verb == "pin":
+        if args.remove == (args.version is not None):
+            raise UsageError("name the version to pin, or give --remove, not both")
+        return _lines([views.unpin(config) if args.remove else views.pin(config, clock, args.version, args.why)])
+    if args.verb == "rollback":
+        return _lines([views.rollback(config, clock, args.version, args.why)])
     verdict = views.verify(config, clock, args.version)
     _lines([verdict])
     return 0 if verdict["ok"] else 65
@@ -333,6 +339,15 @@ def _parser() -> argparse.ArgumentParser:
     verb("list", "the versions there are", "streamgr weights list")
     for name, does in (("show", "one version's manifest"), ("verify", "read a version's bytes again and check them")):
         verb(name, does, f"streamgr weights {name} 41").add_argument("version", type=int)
+    for name, does, example in (
+        ("pin", "hold every scorer at a version", "streamgr weights pin 41 --why 'clicks fell'"),
+        ("rollback", "pin a version, without a number the one before the newest", "streamgr weights rollback"),
+    ):
+        sub = verb(name, does, example)
+        sub.add_argument("version", type=int, nargs="?")
+        sub.add_argument("--why", default="", metavar="TEXT", help="kept with the pin")
+        if name == "pin":
+            sub.add_argument("--remove", action="store_true", help="let the scorers go on to the newest")
 
     sub = add("evaluate", _evaluate, "replay a log and compare models, test-then-train", "streamgr evaluate log.csv.gz")
     sub.add_argument("file", metavar="DATA")

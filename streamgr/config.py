@@ -147,6 +147,8 @@ class Scorer(Section, frozen=True):
     threads: Count = 1
     max_queue: Natural = 64
     score_sample: Share = 0.0  # share of answers written to <prefix>.scores
+    undo_versions: Natural = 32  # so many versions, and so many bytes, can be taken back at once; others from the log
+    undo_bytes: Natural = 256 << 20
 
 
 class Telemetry(Section, frozen=True):

@@ -132,8 +132,8 @@ class Observer:
             while not self._stop.wait(TURN_SECONDS):
                 started = self._clock.monotonic()
                 self._read_examples(examples)
-                while self._frozen is None and (version := subscriber.poll(0.0)):
-                    self._live.install(version)
+                while self._frozen is None and self._live.follow(subscriber, 0.0):
+                    pass
                 self._read_files()
                 self._judge()
                 spent = self._clock.monotonic() - started

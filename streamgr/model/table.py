@@ -30,6 +30,7 @@ from streamgr.model.index import EMPTY, Index
 ITEM, USER, FEATURE = 0, 1, 2  # fields: kinds of ids, each with a life of its own
 WIRE = torch.bfloat16
 INIT_STD = 0.02
+BLOCK = 1 << 12  # rows moved together: in between they stay in the cache
 CROWDED = 0.75  # of the slots: from here on both buckets of a key may be full, and what has not expired is evicted
 
 
@@ -168,12 +169,15 @@ class IdTable:
         keys, until, field = self.index.keys[slots], self.index.until_ms[slots], self.index.field[slots]
         keys[shared], until[shared], field[shared] = 0, EMPTY, 0
         index = torch.from_numpy(rows.astype(np.int64))
+        weight = torch.empty((len(rows), self.dim), dtype=WIRE)
+        for at in range(0, len(rows), BLOCK):
+            weight[at : at + BLOCK] = self.weight.index_select(0, index[at : at + BLOCK])
         return {
             "rows": index.clone(),
             "keys": torch.from_numpy(keys.view(np.int64)),
             "until_ms": torch.from_numpy(until),
             "field": torch.from_numpy(field),
-            "weight": self.weight.index_select(0, index).to(WIRE),
+            "weight": weight,
         }
 
     def put_rows(self, part: Mapping[str, Tensor]) -> None:
@@ -182,7 +186,7 @@ class IdTable:
         until, field, weight = part["until_ms"].numpy(), part["field"].numpy(), part["weight"]
         if not (len(rows) == len(keys) == len(until) == len(field) == len(weight)) or weight.shape[1:] != (self.dim,):
             raise DataError("table columns of different shapes", where="table/*", remedy="wait for the next snapshot")
-        if len(rows) and (rows.min() < 1 or rows.max() >= len(self.weight) or len(np.unique(rows)) != len(rows)):
+        if len(rows) and (rows.min() < 1 or rows.max() >= len(self.weight) or not np.diff(np.sort(rows)).all()):
             raise DataError(
                 f"rows outside 1..{len(self.weight) - 1} or twice", where="table/rows", remedy="use the same [table]"
             )
@@ -195,7 +199,8 @@ class IdTable:
         if np.any((home != first) & (home != second) & (until != EMPTY)):
             raise DataError("a key outside its buckets", where="table/keys", remedy="use the same [table]")
         self.index.put(slots, keys, until, field[own])
-        self.weight[part["rows"]] = weight.to(self.weight.dtype)
+        for at in range(0, len(rows), BLOCK):
+            self.weight.index_copy_(0, part["rows"][at : at + BLOCK], weight[at : at + BLOCK].to(self.weight.dtype))
         self.touch(rows)
 
     # --- growing, and checkpoints

@@ -3,16 +3,19 @@
 Every answer comes from exactly one version, and a new version costs what its delta costs, not what the table costs:
 
 1. the spare copy, which nobody reads, takes the version;
-2. one reference assignment makes it the live one: requests that begin from now on read it;
-3. the copy that was live waits for its last reader, takes the same version, and is the spare.
+2. it must now be what the trainer had: state digest and probe, else it is put back and the version refused;
+3. one reference assignment makes it the live one: requests that begin from now on read it;
+4. the copy that was live waits for its last reader, takes the same version, and is the spare.
 
-A snapshot, which may come with another architecture, is built into new copies instead. Whatever does not fit is
-refused by name before a byte is written; the live weights then stay, and every later delta is refused until the next
+A snapshot, which may come with another architecture, is built into new copies instead. Going back is the same dance:
+the spare undoes versions (`undo`), must be what that version was, and becomes the live one.
+
+Whatever does not fit is refused by name and the live weights stay; every later delta is then refused until the next
 snapshot, because a gap is never guessed over. One thread installs; any number read.
 """
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,66 +24,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from streamgr import config
 from streamgr.clock import Clock
-from streamgr.config import Model, Table
-from streamgr.errors import DataError
 from streamgr.events import item_key
-from streamgr.model.recommender import Recommender
-from streamgr.model.table import IdTable
-from streamgr.telemetry import DURATION_BUCKETS, HORIZON, Log, histogram
+from streamgr.model.table import ITEM
+from streamgr.serve.copies import Architecture, Copy
+from streamgr.serve.undo import UndoRing
+from streamgr.telemetry import DURATION_BUCKETS, HORIZON, Log, gauge, histogram
 from streamgr.weights.manifest import Learned, Manifest, Reason, Rejected
-from streamgr.weights.payload import Payload
-from streamgr.weights.subscriber import REJECTED, Version
+from streamgr.weights.publisher import VERSION
+from streamgr.weights.subscriber import REJECTED, Rollback, Subscriber, Version
 
 EVENT_TO_SERVING = histogram("event_to_serving_seconds", "From a learned target's append to the swap that serves it.")
 LABEL_TO_SERVING = histogram("label_to_serving_seconds", "From the record that closed the label to the swap.")
 GRADIENT_TO_SERVING = histogram("gradient_to_serving_seconds", "From the gradient step to the swap.")
-SWAP = histogram("weights_swap_duration_seconds", "Building and swapping in a version.", (), DURATION_BUCKETS)
-
-
-class Architecture(msgspec.Struct, frozen=True):
-    """`Manifest.model`: what the weights belong to."""
-
-    model: Model
-    table: Table
-    actions: tuple[str, ...]
-
-
-class Copy:
-    """One copy of network and table, written only while nobody reads it.
-
-    `inverse_norms` f32[R] follows the table's rows, for retrieval. `readers` belongs to `LiveWeights`.
-    """
-
-    def __init__(self, architecture: Architecture) -> None:
-        self.recommender = Recommender(architecture.model, architecture.actions, seed=0).eval().requires_grad_(False)
-        self.table = IdTable(architecture.table, architecture.model.dim, seed=0)
-        self.inverse_norms = torch.zeros(len(self.table.weight))
-        self.readers = 0
-
-    def check(self, payload: Payload, *, whole: bool) -> None:
-        """Raises `Rejected` unless the payload's tensors are this copy's; `whole`: a snapshot names every one."""
-        mine = {f"dense/{name}": tensor for name, tensor in self.recommender.state_dict().items()}
-        theirs = {name: tensor for name, tensor in payload.items() if name.startswith("dense/")}
-        odd = mine.keys() ^ theirs.keys() if whole else theirs.keys() - mine.keys()
-        odd |= {name for name in mine.keys() & theirs.keys() if mine[name].shape != theirs[name].shape}
-        if odd:
-            raise Rejected("shape", f"not this model's tensors: {', '.join(sorted(odd)[:5])}")
-        if whole and "table/rows" not in payload:
-            raise Rejected("schema", "a snapshot without a table")
-
-    def take(self, payload: Payload) -> None:
-        """Replace what a checked payload names. Raises `DataError`, before any change, for rows of another table."""
-        with torch.inference_mode():
-            if "table/rows" in payload:
-                self.table.put_rows({name.removeprefix("table/"): t for name, t in _table(payload).items()})
-                rows = payload["table/rows"]
-                norms = torch.linalg.vector_norm(self.table.weight.index_select(0, rows), dim=1)
-                self.inverse_norms[rows] = 1.0 / norms.clamp_min(1e-12)
-            own = self.recommender.state_dict()
-            for name, tensor in payload.items():
-                if name.startswith("dense/"):
-                    own[name.removeprefix("dense/")].copy_(tensor)
+SWAP = histogram("weights_swap_duration_seconds", "Applying, proving and swapping in a version.", (), DURATION_BUCKETS)
+UNDO_BYTES = gauge("weights_undo_bytes", "What the undo ring holds.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +62,7 @@ class Served:
 
     def vectors(self, keys: NDArray[np.uint64]) -> tuple[torch.Tensor, NDArray[np.bool_]]:
         """f32[n, D] for keys u64[n], and which of them have no slot and are answered by the shared rows."""
-        lookup = self.copy.table.lookup(keys, watermark_ms=self.manifest.watermark_ms)
-        return self.copy.table.vectors(lookup), lookup.rows_a < self.copy.table.first_slot
+        return self.copy.vectors(keys, self.manifest.watermark_ms)
 
 
 class NoWeights(Exception):
@@ -112,13 +70,15 @@ class NoWeights(Exception):
 
 
 class LiveWeights:
-    """Owns the copies. `install` belongs to one thread; `lease` to everybody."""
+    """Owns the copies. Installing belongs to one thread; `lease` to everybody."""
 
-    def __init__(self, actions: tuple[str, ...], clock: Clock, log: Log) -> None:
+    def __init__(self, actions: tuple[str, ...], clock: Clock, log: Log, settings: config.Scorer | None = None) -> None:
+        settings = settings or config.Scorer()
         self._actions, self._clock, self._log = actions, clock, log
         self._free = threading.Condition()
         self._live: Served | None = None
-        self._spare: Copy | None = None
+        self._spare: Copy | None = None  # at the live version too
+        self._ring = UndoRing(settings.undo_versions, settings.undo_bytes)
 
     @property
     def version(self) -> int | None:
@@ -141,53 +101,133 @@ class LiveWeights:
                 served.copy.readers -= 1
                 self._free.notify_all()
 
-    def install(self, version: Version) -> bool:
-        """Serve this version from now on; false where it was refused (counted, and what is served stays)."""
+    def follow(self, subscriber: Subscriber, timeout: float) -> bool:
+        """Take the subscriber's next step, if one comes in time (seconds); whether one did."""
+        step = subscriber.poll(timeout, self.can_go_back)
+        if step is not None and not self.install(step):
+            subscriber.take_back(step)
+        return step is not None
+
+    def can_go_back(self, manifest: Manifest) -> bool:
+        """Whether the undo ring leads back to this version."""
+        return self._spare is not None and bool(self._ring.way_to(manifest))
+
+    def install(self, step: Version | Rollback) -> bool:
+        """Serve this from now on; false where it was refused (counted, and what is served stays)."""
+        started = self._clock.monotonic()
         try:
-            self._install(version)
+            if isinstance(step, Version):
+                self._install(step, started)
+            else:
+                self._roll_back(step.manifest, started)
         except Rejected as rejected:
-            manifest = version.manifest
+            manifest = step.manifest
             REJECTED.labels(rejected.reason).inc()
             self._log.error(
                 "weights_refused", str(rejected), reason=rejected.reason, version=manifest.version, serving=self.version
             )
             return False
+        finally:
+            UNDO_BYTES.set(self._ring.bytes)
         return True
 
-    def _install(self, version: Version) -> None:
-        started = self._clock.monotonic()
-        manifest, payload = version.manifest, version.payload
-        architecture = self._fitting(manifest)
-        old = self._live
-        copy = self._copy_for(manifest, architecture)
-        copy.check(payload, whole=manifest.kind == "snapshot")
-        self._spare = None  # taken, or superseded
-        _take(copy, payload, manifest)
-        rows, keys = copy.table.live(manifest.watermark_ms)
-        self._live = Served(manifest, architecture, copy, torch.from_numpy(rows), keys)
-        self._observe(version, started)
-        if manifest.kind == "snapshot":
-            self._spare = Copy(architecture)
-        elif old is not None:
-            with self._free:
-                self._free.wait_for(lambda: not old.copy.readers)
-            self._spare = old.copy
-        if self._spare is not None:
-            _take(self._spare, payload, manifest)
+    def _install(self, version: Version, started: float) -> None:
+        manifest, payload, old = version.manifest, version.payload, self._live
+        architecture = self._fitting(version)
+        copy = Copy(architecture) if version.whole else self._spare
+        if copy is None:
+            raise Rejected("gap", "the spare copy was lost", where=manifest.name())
+        copy.check(payload, whole=version.whole)
+        undo = None if version.whole else copy.before(payload)
+        copy.take(payload)
+        try:
+            copy.require(manifest)
+        except Rejected:
+            if undo is not None:
+                copy.put_back(undo)
+            raise
+        if old is None or architecture != old.architecture:
+            self._ring.clear()
+        else:
+            self._ring.push(old.manifest, undo or old.copy.undo_to(copy))
+        self._swap(manifest, architecture, copy, started, version.covers)
+        if version.whole:
+            self._renew(Copy(architecture), lambda spare: spare.take(payload))
+        else:
+            self._renew(self._retired(old), lambda spare: spare.take(payload))
 
-    def _fitting(self, manifest: Manifest) -> Architecture:
+    def _roll_back(self, manifest: Manifest, started: float) -> None:
+        way, copy, old = self._ring.way_to(manifest), self._spare, self._live
+        if copy is None or old is None or not way:
+            raise Rejected("gap", "the undo ring does not lead there", where=manifest.name())
+        self._spare = None  # until it is proven
+        for undo in way:
+            copy.put_back(undo)
+        try:
+            copy.require(manifest)
+        except Rejected:
+            self._ring.clear()
+            raise
+        self._ring.forget(len(way))
+        self._swap(manifest, old.architecture, copy, started, ())
+
+        def put_back(spare: Copy) -> None:
+            for undo in way:
+                spare.put_back(undo)
+
+        self._renew(self._retired(old), put_back)
+
+    def _swap(
+        self, manifest: Manifest, architecture: Architecture, copy: Copy, started: float, covers: tuple[Manifest, ...]
+    ) -> None:
+        """Serve this copy from now on."""
+        rows, keys = copy.table.live(manifest.watermark_ms, ITEM)
+        back = self._live is not None and manifest.order < self._live.manifest.order
+        self._live = Served(manifest, architecture, copy, torch.from_numpy(rows), keys)
+        seconds, now = self._clock.monotonic() - started, self._clock.now_ms()
+        SWAP.observe(seconds)
+        VERSION.labels("scorer").set(manifest.version)
+        HORIZON.labels("scorer").set(manifest.horizon_ms / 1000)
+        self._log.info(
+            "weights_rolled_back" if back else "weights_swapped",
+            version=manifest.version,
+            kind=manifest.kind,
+            targets=_observe(covers, now),
+            age_seconds=(now - manifest.horizon_ms) / 1000,
+            duration_s=round(seconds, 4),
+        )
+
+    def _retired(self, old: "Served | None") -> Copy:
+        """The copy that was live, once its last reader has gone."""
+        assert old is not None
+        with self._free:
+            self._free.wait_for(lambda: not old.copy.readers)
+        return old.copy
+
+    def _renew(self, spare: Copy, bring: Callable[[Copy], object]) -> None:
+        """Bring a copy that nobody reads to the live version: the next version is taken by it."""
+        assert self._live is not None
+        manifest, self._spare = self._live.manifest, None
+        bring(spare)
+        if spare.digest.text == manifest.state_digest:
+            self._spare = spare
+        else:  # what is served is proven; this one must not be
+            REJECTED.labels("digest").inc()
+            self._log.error("weights_spare_lost", "deltas wait for the next snapshot", version=manifest.version)
+
+    def _fitting(self, version: Version) -> Architecture:
         """The architecture of a version that may follow what is served; raises `Rejected`."""
-        live = self._live
-        if live is not None and manifest.order <= live.manifest.order:
+        live, manifest = self._live, version.manifest
+        if live is not None and manifest.order <= live.manifest.order and not version.pinned:
             reason: Reason = "gap" if manifest.epoch == live.manifest.epoch else "epoch"
             raise Rejected(reason, f"is not newer than {live.manifest.name()}", where=manifest.name())
-        if manifest.kind == "delta" and live is not None and manifest.model_digest == live.manifest.model_digest:
+        if not version.whole and live is not None and manifest.model_digest == live.manifest.model_digest:
             if (manifest.epoch, manifest.parent) != (live.manifest.epoch, live.manifest.version):
                 raise Rejected(
                     "gap", f"builds on version {manifest.parent}, we serve {self.version}", where=manifest.name()
                 )
             return live.architecture
-        if manifest.kind == "delta":
+        if not version.whole:
             raise Rejected("gap", "a delta of a model that we do not serve", where=manifest.name())
         try:
             architecture = msgspec.convert(manifest.model, Architecture)
@@ -201,49 +241,21 @@ class LiveWeights:
             )
         return architecture
 
-    def _copy_for(self, manifest: Manifest, architecture: Architecture) -> Copy:
-        """A copy that nobody reads, at the state that the version builds on."""
-        if manifest.kind == "snapshot":
-            return Copy(architecture)
-        if self._spare is None:
-            raise Rejected("gap", "the version before it was refused", where=manifest.name())
-        return self._spare
 
-    def _observe(self, version: Version, started: float) -> None:
-        """What the swap has made fresh; one observation a learned target."""
-        manifest, now = version.manifest, self._clock.now_ms()
-        SWAP.observe(self._clock.monotonic() - started)
-        HORIZON.labels("scorer").set(manifest.horizon_ms / 1000)
-        targets = 0
-        for covered in version.covers:
-            learned = Learned.unpack(covered.learned)
-            targets += learned.total
-            for metric, column in (
-                (EVENT_TO_SERVING, learned.target_append_ms),
-                (LABEL_TO_SERVING, learned.closing_append_ms),
-                (GRADIENT_TO_SERVING, learned.gradient_ms),
-            ):
-                for seconds in np.maximum(0.0, (now - column) / 1000).tolist():
-                    metric.observe(seconds)
-        self._log.info(
-            "weights_swapped",
-            version=manifest.version,
-            kind=manifest.kind,
-            targets=targets,
-            age_seconds=(now - manifest.horizon_ms) / 1000,
-            duration_s=round(self._clock.monotonic() - started, 4),
-        )
-
-
-def _table(payload: Payload) -> Mapping[str, torch.Tensor]:
-    return {name: tensor for name, tensor in payload.items() if name.startswith("table/")}
-
-
-def _take(copy: Copy, payload: Payload, manifest: Manifest) -> None:
-    try:
-        copy.take(payload)
-    except DataError as error:
-        raise Rejected("shape", error.what, where=manifest.name()) from None
+def _observe(covers: tuple[Manifest, ...], now: int) -> int:
+    """What a swap has made fresh: one observation a learned target; how many targets there were."""
+    targets = 0
+    for covered in covers:
+        learned = Learned.unpack(covered.learned)
+        targets += learned.total
+        for metric, column in (
+            (EVENT_TO_SERVING, learned.target_append_ms),
+            (LABEL_TO_SERVING, learned.closing_append_ms),
+            (GRADIENT_TO_SERVING, learned.gradient_ms),
+        ):
+            for seconds in np.maximum(0.0, (now - column) / 1000).tolist():
+                metric.observe(seconds)
+    return targets
 
 
 def item_keys(texts: list[str]) -> NDArray[np.uint64]:

@@ -54,7 +54,7 @@ class Scorer:
         self.port = 0  # the one listened on, once running
         self._follower = Follower(config, clock, log, role="scorer", stop=stop)
         self._opened = threading.Event()
-        self._weights = LiveWeights(config.sequence.actions, clock, log)
+        self._weights = LiveWeights(config.sequence.actions, clock, log, config.scorer)
         self._ranker = Ranker(config, clock, self._weights, self._follower)
         self._samples: Samples | None = None
         self._turned: dict[str, float] = {}  # loop: when it last turned
@@ -106,10 +106,11 @@ class Scorer:
         subscriber = Subscriber(self._config, self._clock, self._log, self._consumer)
         try:
             while not self._stop:
-                if version := subscriber.poll(TURN_SECONDS):
-                    self._weights.install(version)
-                    refused = "" if self._weights.version else "the first version was refused: see the log"
-                    self._health.hold("weights", refused)
+                stepped = self._weights.follow(subscriber, TURN_SECONDS)
+                if self._weights.version is not None:
+                    self._health.hold("weights")
+                elif why_not := "the first version was refused: see the log" if stepped else subscriber.why_nothing:
+                    self._health.hold("weights", why_not)
                 self._turn("weights")
         finally:
             subscriber.close()

@@ -11,9 +11,10 @@ values, so finiteness is checked here.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, deserialize
 from safetensors.torch import save
@@ -58,8 +59,11 @@ def encode(payload: Payload) -> tuple[bytes, dict[str, TensorSpec]]:
     return save(plain), specs
 
 
-def decode(data: bytes, specs: Mapping[str, TensorSpec]) -> Payload:
-    """The payload in `data` if it is exactly what `specs` names; raises `Rejected` by reason if not."""
+def decode(data: bytes, specs: Mapping[str, TensorSpec], *, vouched: bool = False) -> Payload:
+    """The payload in `data` if it is exactly what `specs` names; raises `Rejected` by reason if not.
+
+    vouched: the chunks' own digests have shown that these are the bytes written, so those of tensors say nothing new.
+    """
     header = int.from_bytes(data[:8], "little")
     if len(data) < 8 or header > min(MAX_HEADER_BYTES, len(data) - 8):
         raise Rejected("schema", f"a safetensors header of {header} bytes in {len(data)}")
@@ -77,7 +81,7 @@ def decode(data: bytes, specs: Mapping[str, TensorSpec]) -> Payload:
             raise Rejected("schema", f"dtype {view['dtype']}, the manifest says {spec.dtype}", where=name)
         if list(view["shape"]) != spec.shape:
             raise Rejected("shape", f"shape {view['shape']}, the manifest says {spec.shape}", where=name)
-        if sha256(raw).hexdigest() != spec.sha256:
+        if not vouched and sha256(raw).hexdigest() != spec.sha256:
             raise Rejected("digest", "the tensor's bytes are not what was written", where=name)
         flat = torch.frombuffer(raw, dtype=DTYPES[spec.dtype]) if raw else torch.empty(0, dtype=DTYPES[spec.dtype])
         payload[name] = flat.reshape(spec.shape)
@@ -90,7 +94,7 @@ def check(payload: Payload) -> None:
     for name, tensor in payload.items():
         if not name.startswith("dense/") and name not in TABLE:
             raise Rejected("schema", "neither `dense/<parameter>` nor a column of the table", where=name)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not _finite(tensor):
             raise Rejected("nonfinite", "values that are not finite", where=name)
     present = [name for name in TABLE if name in payload]
     if not present:
@@ -117,9 +121,34 @@ def require_same_form(specs: Mapping[str, TensorSpec], parent: Mapping[str, Tens
         raise Rejected("shape", f"not of its parent's form: {', '.join(odd[:5])}")
 
 
+def overlay(parts: Sequence[Payload]) -> Payload:
+    """The whole that a snapshot and the deltas after it come to: of everything what the last of them says of it.
+
+    Rows ascend. Only for payloads that were checked and have one form.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    whole = {name: tensor for part in parts for name, tensor in part.items() if name not in TABLE}
+    tables = [part for part in parts if TABLE[0] in part]
+    if not tables:
+        return whole
+    columns = {name: torch.cat([part[name] for part in tables]) for name in TABLE}
+    rows = columns["table/rows"].numpy()
+    order = np.argsort(rows, kind="stable")
+    last = np.ones(len(rows), bool)
+    last[:-1] = np.diff(rows[order]) != 0
+    index = torch.from_numpy(order[last])
+    return whole | {name: column.index_select(0, index) for name, column in columns.items()}
+
+
 def split(data: bytes, chunk_bytes: int) -> list[bytes]:
     """`data` in pieces of `chunk_bytes`, the last one shorter."""
     return [data[at : at + chunk_bytes] for at in range(0, len(data), chunk_bytes)]
+
+
+def _finite(tensor: Tensor) -> bool:
+    """By its least and greatest value, which carry a NaN on: a thirtieth of what asking each value costs in bf16."""
+    return not tensor.numel() or all(math.isfinite(x) for x in map(float, torch.aminmax(tensor)))
 
 
 def _form(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[str, list[int]]]:

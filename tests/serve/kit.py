@@ -12,14 +12,16 @@ from fastapi import FastAPI
 from streamgr.clock import ManualClock
 from streamgr.config import Config, Model, Scorer, Sequence, Table, Telemetry
 from streamgr.events import IMPRESSION, History, item_key, request_key
+from streamgr.model import probe
 from streamgr.model.recommender import Recommender
-from streamgr.model.table import IdTable
+from streamgr.model.table import ITEM, IdTable
 from streamgr.serve.http import Desk, create_app
 from streamgr.serve.model import LiveWeights
 from streamgr.serve.ranker import Ranker
 from streamgr.serve.wire import SequencePart
 from streamgr.telemetry import Health, Log
-from streamgr.weights.manifest import Learned, Manifest, model_digest
+from streamgr.weights.digest import StateDigest, row_hashes
+from streamgr.weights.manifest import Learned, Manifest, Probe, model_digest
 from streamgr.weights.payload import Payload
 from streamgr.weights.subscriber import Version
 
@@ -46,34 +48,44 @@ class Weights:
     version: int = 0
     model: Recommender = field(init=False)
     table: IdTable = field(init=False)
+    digest: StateDigest = field(init=False)
 
     def __post_init__(self) -> None:
         self.model = Recommender(self.config.model, ACTIONS, self.seed)
         self.table = IdTable(self.config.table, self.config.model.dim, self.seed)
+        self.digest = StateDigest(len(self.table.weight))
 
     def learn(self, items: list[str]) -> np.ndarray:
         """Admit these items and change their rows; the rows."""
         keys = np.array([item_key(i) for i in items], np.uint64)
-        lookup = self.table.map(keys, np.full(len(keys), NOW - 1000), watermark_ms=NOW - 500)
+        rows = self.table.map(keys, np.full(len(keys), NOW - 1000), watermark_ms=NOW - 500).rows_a
+        self.change(rows)
+        return rows
+
+    def change(self, rows: np.ndarray) -> None:
+        """What a step of training does to these rows and to the network."""
         generator = torch.Generator().manual_seed(self.seed + self.version)
-        rows = torch.from_numpy(lookup.rows_a)
-        self.table.weight[rows] = torch.randn(len(keys), self.config.model.dim, generator=generator)
-        self.table.touch(lookup.rows_a)
+        self.table.weight[torch.from_numpy(rows)] = torch.randn(len(rows), self.config.model.dim, generator=generator)
+        self.table.touch(rows)
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
-        return lookup.rows_a
 
     def publish(self, rows: np.ndarray | None = None, **changed: Any) -> Version:
         """A snapshot, or the delta of these rows."""
         kind = "snapshot" if rows is None else "delta"
-        used = self.table.snapshot_rows(NOW - 500) if rows is None else rows
+        watermark = changed.get("watermark_ms", NOW - 500)
+        used = self.table.snapshot_rows(watermark) if rows is None else rows
+        part = self.table.rows(np.unique(used))
         payload: Payload = {f"dense/{n}": t.detach().clone() for n, t in self.model.state_dict().items()}
-        payload |= {f"table/{n}": t for n, t in self.table.rows(used).items()}
+        payload |= {f"table/{n}": t for n, t in part.items()}
+        if rows is None:
+            self.digest.clear(len(self.table.weight))
+        self.digest.replace(part["rows"].numpy(), row_hashes(part))
         self.version += 1
         model = {
             "model": msgspec.to_builtins(self.config.model),
-            "table": msgspec.to_builtins(self.config.table),
+            "table": msgspec.to_builtins(self.config.table) | {"slots": len(self.table.index)},
             "actions": list(ACTIONS),
         }
         facts: dict[str, Any] = {
@@ -81,9 +93,16 @@ class Weights:
             "model": model, "model_digest": model_digest(model), "step": 1, "targets_learned": 1,
             "horizon_ms": NOW - 5000, "watermark_ms": NOW - 500, "positions": {}, "published_ms": NOW,
             "tensors": {}, "chunks": [], "bytes": 0,
+            "state_digest": self.digest.text, "probe": self.probe(watermark),
         }  # fmt: skip
         manifest = Manifest(**facts | changed)
         return Version(manifest, payload, (manifest,))
+
+    def probe(self, watermark: int) -> Probe:
+        """A question about these weights, and their answer."""
+        keys = probe.pick(self.table.live(watermark, ITEM)[1], self.version)
+        vectors = self.table.vectors(self.table.lookup(keys, watermark_ms=watermark))
+        return Probe(keys.tolist(), probe.ask(self.model, vectors).tolist())
 
 
 def learned(*rows: tuple[int, int, int]) -> Any:

@@ -8,10 +8,13 @@ import pytest
 import torch
 from prometheus_client import REGISTRY
 
+from streamgr.config import Scorer
+from streamgr.serve.copies import Copy
 from streamgr.serve.model import LiveWeights, NoWeights
 from streamgr.serve.ranker import Ranker
 from streamgr.serve.wire import RankRequest
-from streamgr.weights.subscriber import Version
+from streamgr.weights.manifest import Probe
+from streamgr.weights.subscriber import Rollback, Version
 from tests.serve.kit import ACTIONS, NOW, FakeSequences, Weights, learned, log_and_clock, settings, some_events
 
 ITEMS = [f"i{n}" for n in range(60)]
@@ -30,10 +33,13 @@ def sample(name: str, **labels: str) -> float:
 def contents(live: LiveWeights) -> dict[str, torch.Tensor]:
     """Everything that answers are made of."""
     with live.lease() as served:
-        copy, rows = served.copy, served.rows
-        dense = {name: tensor.clone() for name, tensor in copy.recommender.state_dict().items()}
-        table = copy.table.rows(copy.table.snapshot_rows(served.manifest.watermark_ms))
-        return dense | table | {"norms": copy.inverse_norms[rows].clone(), "live": rows}
+        return of_copy(served.copy, served.rows, served.manifest.watermark_ms)
+
+
+def of_copy(copy: Copy, rows: torch.Tensor, watermark: int) -> dict[str, torch.Tensor]:
+    dense = {name: tensor.clone() for name, tensor in copy.recommender.state_dict().items()}
+    table = copy.table.rows(copy.table.snapshot_rows(watermark))
+    return dense | table | {"norms": copy.inverse_norms[rows].clone(), "live": rows}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -128,8 +134,11 @@ def test_answers_are_of_one_version_while_versions_fly_past(live: LiveWeights) -
     threads = [threading.Thread(target=ask_on) for _ in range(2)]
     for thread in threads:
         thread.start()
-    for version in versions[1:]:
-        live.install(version)
+    for n, version in enumerate(versions[1:], 1):
+        assert live.install(version)
+        if n % 5 == 0:  # three steps back, and again what was undone
+            assert live.install(Rollback(versions[n - 3].manifest))
+            assert all(live.install(again) for again in versions[n - 2 : n + 1])
     done.set()
     for thread in threads:
         thread.join()
@@ -137,13 +146,116 @@ def test_answers_are_of_one_version_while_versions_fly_past(live: LiveWeights) -
     assert len(seen) > 3
 
 
-def refused(live: LiveWeights, version: Version, reason: str) -> None:
+def refused(live: LiveWeights, version: Version | Rollback, reason: str) -> None:
     served, count = live.version, sample("weights_rejected_total", reason=reason)
     before = contents(live) if served else None
     assert not live.install(version)
     assert sample("weights_rejected_total", reason=reason) == count + 1
     assert live.version == served
     assert before is None or same(contents(live), before)
+
+
+def test_a_state_that_is_not_the_trainers_is_refused_and_leaves_no_trace(live: LiveWeights) -> None:
+    weights = Weights(settings())
+    rows = weights.learn(ITEMS[:20])
+    live.install(weights.publish())
+    good = weights.publish(weights.learn(ITEMS[5:40]))
+    lost = {n: t[1:] if n.startswith("table/") else t for n, t in good.payload.items()}
+    refused(live, Version(good.manifest, lost, ()), "digest")
+    other = {**good.payload, "table/until_ms": good.payload["table/until_ms"] + 1}
+    refused(live, Version(good.manifest, other, ()), "digest")
+    louder = {n: t + 1.0 if n.startswith("dense/") else t for n, t in good.payload.items()}
+    refused(live, Version(good.manifest, louder, ()), "probe")
+    for unproven, reason in (({"state_digest": ""}, "digest"), ({"probe": Probe()}, "probe")):
+        refused(live, Version(msgspec.structs.replace(good.manifest, **unproven), good.payload, ()), reason)
+    assert live._spare is not None
+    with live.lease() as served:
+        spare = of_copy(live._spare, served.rows, NOW - 500)
+        assert same(spare, contents(live)), "the spare copy keeps what was refused"
+    assert live.install(good)
+    assert live.install(weights.publish(rows))
+
+
+def test_a_snapshot_must_prove_itself_too(live: LiveWeights) -> None:
+    weights = Weights(settings())
+    weights.learn(ITEMS)
+    whole = weights.publish()
+    fewer = {n: t[:-1] if n.startswith("table/") else t for n, t in whole.payload.items()}
+    refused(live, Version(whole.manifest, fewer, ()), "digest")
+    unshared = {n: t[1:] if n.startswith("table/") else t for n, t in whole.payload.items()}
+    refused(live, Version(whole.manifest, unshared, ()), "schema")
+    assert live.install(whole)
+
+
+@pytest.mark.parametrize("back", [1, 2, 5])
+def test_going_back_and_on_again_changes_nothing(live: LiveWeights, back: int) -> None:
+    """P15, over a snapshot in the middle."""
+    weights = Weights(settings())
+    weights.learn(ITEMS[:20])
+    versions, states = [weights.publish()], []
+    for n in range(6):
+        rows = weights.learn(ITEMS[n * 5 : n * 5 + 20])
+        versions.append(weights.publish(None if n == 3 else rows))
+    for version in versions:
+        assert live.install(version)
+        states.append(contents(live))
+    for _ in range(2):
+        aim = versions[-1 - back]
+        assert live.can_go_back(aim.manifest)
+        assert live.install(Rollback(aim.manifest)) and live.version == aim.manifest.version
+        assert same(contents(live), states[-1 - back])
+        for version, state in zip(versions[-back:], states[-back:], strict=True):
+            assert live.install(version)
+            assert same(contents(live), state)
+
+
+def test_the_ring_is_bounded_by_count_and_by_bytes() -> None:
+    log, clock = log_and_clock()
+    weights = Weights(settings())
+    weights.learn(ITEMS)
+    versions = [weights.publish(), *(weights.publish(weights.learn(ITEMS)) for _ in range(6))]
+    plenty, three, few = (
+        LiveWeights(ACTIONS, clock, log, Scorer(undo_versions=n, undo_bytes=b))
+        for n, b in ((32, 1 << 28), (3, 1 << 28), (32, 100_000))
+    )
+    for version in versions:
+        for live in (plenty, three, few):
+            assert live.install(version)
+    a_step = plenty._ring.bytes // 6
+    reach = [sum(live.can_go_back(v.manifest) for v in versions) for live in (plenty, three, few)]
+    assert reach == [6, 3, 100_000 // a_step] and 0 < reach[2] < 6
+    refused(few, Rollback(versions[0].manifest), "gap")
+
+
+def test_an_undo_that_does_not_prove_itself_is_not_served(live: LiveWeights) -> None:
+    weights = Weights(settings())
+    weights.learn(ITEMS)
+    versions = [weights.publish(), *(weights.publish(weights.learn(ITEMS)) for _ in range(2))]
+    for version in versions:
+        live.install(version)
+    with torch.inference_mode():
+        live._ring._steps[-1][1].rows["weight"][3] += 1.0  # a broken memory
+    refused(live, Rollback(versions[1].manifest), "digest")
+    assert not live.can_go_back(versions[0].manifest), "nothing that rests on it is trusted any more"
+    refused(live, weights.publish(weights.learn(ITEMS)), "gap")
+    assert live.install(weights.publish())
+
+
+def test_a_table_that_has_grown_comes_with_a_snapshot(live: LiveWeights) -> None:
+    weights = Weights(settings())
+    weights.learn(ITEMS)
+    assert live.install(weights.publish())
+    weights.table.grow()
+    rows = weights.learn(ITEMS[:20])
+    weights.version += 1
+    weights.digest.clear(len(weights.table.weight))
+    outgrown = weights.publish(rows)
+    refused(live, outgrown, "gap")
+    assert live.install(weights.publish())
+    assert live.install(weights.publish(weights.learn([f"more {n}" for n in range(500)])))
+    with live.lease() as served:
+        assert len(served.copy.table.index) == 2048 and len(served.rows) > 500
+    assert not live.can_go_back(outgrown.manifest)
 
 
 def test_a_delta_without_its_parent_is_refused_until_the_next_snapshot(live: LiveWeights) -> None:

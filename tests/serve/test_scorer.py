@@ -23,9 +23,9 @@ from streamgr.kafka.producer import Producer
 from streamgr.serve import scorer
 from streamgr.service import Stop
 from streamgr.telemetry import Health, Log
-from streamgr.weights.manifest import Learned
-from streamgr.weights.publisher import Facts, Publisher
+from streamgr.weights import views
 from tests.serve.kit import Weights, settings
+from tests.weights.scribe import Scribe
 
 ITEMS = [f"i{n}" for n in range(20)]
 CLOCK = SystemClock()
@@ -45,23 +45,16 @@ class Trainer:
     """Publishes what it has."""
 
     def __init__(self, config: Config) -> None:
-        self._config, self.weights = config, Weights(config)
-        log = Log("trainer", config.telemetry, CLOCK)
+        self.weights = Weights(config)
         self._producer = Producer(config.kafka, client_id="trainer")
-        self._publisher = Publisher(
-            config, CLOCK, log, self._producer, lambda: Consumer(config.kafka, client_id="manifests")
-        )
-        self._publisher.claim()
+        self._scribe = Scribe(config, self._producer)
+        self._scribe.claim()
 
     def publish(self, items: list[str] | None = None) -> int:
         rows = None if items is None else self.weights.learn(items)
-        version = self.weights.publish(rows)
-        m = version.manifest
-        facts = Facts(m.model, 1, 1, CLOCK.now_ms() - 3000, m.watermark_ms, {}, Learned.none(), {})
-        return self._publisher.publish(m.kind, version.payload, facts).version
+        return self._scribe.write(self.weights.publish(rows, horizon_ms=CLOCK.now_ms() - 3000)).version
 
     def close(self) -> None:
-        self._publisher.close()
         self._producer.close()
 
 
@@ -164,10 +157,34 @@ def test_a_scorers_life(broker: EmbeddedBroker, prefix: str, tmp_path: Path) -> 
         assert role.ask("/v1/rank", ask)[1]["items"] != warm["items"]
         assert role.ask("/livez")[0] == 200
 
+        views.rollback(config, CLOCK)
+        role.until("it has gone back", lambda: role.ask("/v1/rank", ask)[1]["weights_version"] == first)
+        assert role.ask("/v1/rank", ask)[1]["items"] == warm["items"]
+        views.unpin(config)
+        role.until("it is let go", lambda: role.ask("/v1/rank", ask)[1]["weights_version"] == delta)
+
     with running(config) as again:  # its sequences are where they were, the newest weights are found
         again.until("it is ready", lambda: again.ask("/readyz")[0] == 200)
         again.until("it has caught up", lambda: again.ask("/v1/rank", ask)[1]["weights_version"] == delta)
         assert again.ask("/v1/rank", ask)[1]["sequence_length"] == 7
+    trainer.close()
+
+
+def test_a_pin_that_cannot_be_met_is_a_scorers_reason_not_to_be_ready(
+    broker: EmbeddedBroker, prefix: str, tmp_path: Path
+) -> None:
+    config = configured(broker.bootstrap, prefix, tmp_path)
+    topics.apply(config.kafka, topics.load_specs(topics.specs_path(), prefix))
+    trainer = Trainer(config)
+    trainer.weights.learn(ITEMS)
+    trainer.publish()
+    pinned = msgspec.structs.replace(trainer.weights.publish().manifest, version=41)
+    trainer._scribe.pin(pinned)
+    with running(config) as role:
+        why = "pinned at version 41, which cannot be had"
+        role.until("it says why not", lambda: role.ask("/readyz")[1]["weights"] == why)
+        views.unpin(config)
+        role.until("it is ready", lambda: role.ask("/readyz")[0] == 200)
     trainer.close()
 
 

@@ -14,7 +14,7 @@ from streamgr.telemetry import Log
 from streamgr.weights.manifest import Learned
 from streamgr.weights.payload import Payload
 from streamgr.weights.publisher import Facts, Publisher
-from streamgr.weights.subscriber import REJECTED, Subscriber, Version
+from streamgr.weights.subscriber import REJECTED, Rollback, Subscriber, Version
 
 WEIGHTS, MANIFESTS = "t.weights", "t.manifests"
 MODEL = {"dim": 4, "layers": 2, "actions": ["click", "like"], "table": {"rows": 64, "seed": 1}}
@@ -161,9 +161,10 @@ class World:
         held = [self.table[row] for row in rows]
         return {f"dense/{name}": tensor.clone() for name, tensor in self.dense.items()} | {
             "table/rows": torch.tensor(rows, dtype=torch.int64),
-            "table/keys": torch.tensor([key for key, _, _ in held], dtype=torch.uint64),
-            "table/last_ms": torch.tensor([last for _, last, _ in held], dtype=torch.int64),
-            "table/weight": torch.tensor([w for _, _, w in held], dtype=torch.float32).reshape(len(rows), 4),
+            "table/keys": torch.tensor([key for key, _, _ in held], dtype=torch.int64),
+            "table/until_ms": torch.tensor([until for _, until, _ in held], dtype=torch.int64),
+            "table/field": torch.zeros(len(rows), dtype=torch.uint8),
+            "table/weight": torch.tensor([w for _, _, w in held]).reshape(len(rows), 4).bfloat16(),
         }
 
 
@@ -175,15 +176,15 @@ class State:
         self.table: dict[int, tuple[int, int, tuple[float, ...]]] = {}
 
     def apply(self, version: Version) -> None:
-        self.apply_payload(version.manifest.kind, version.payload)
+        self.apply_payload("snapshot" if version.whole else "delta", version.payload)
 
     def apply_payload(self, kind: str, payload: Payload) -> None:
         self.dense = {n: t.flatten().tolist() for n, t in payload.items() if n.startswith("dense/")}
         if kind == "snapshot":
             self.table = {}
-        columns = (payload[f"table/{name}"].tolist() for name in ("rows", "keys", "last_ms", "weight"))
-        for row, key, last, weight in zip(*columns, strict=True):
-            self.table[row] = (key, last, tuple(weight))
+        columns = (payload[f"table/{name}"].tolist() for name in ("rows", "keys", "until_ms", "weight"))
+        for row, key, until, weight in zip(*columns, strict=True):
+            self.table[row] = (key, until, tuple(weight))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, State) and (self.dense, self.table) == (other.dense, other.table)
@@ -206,6 +207,7 @@ def drain(reader: Subscriber) -> list[Version]:
     idle = 0
     while idle < 2:
         version = reader.poll(0)
+        assert not isinstance(version, Rollback), "nobody here can undo anything"
         idle = 0 if version else idle + 1
         versions += [version] if version else []
         assert len(versions) < 1_000, "the reader goes round in circles"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from streamgr.weights.manifest import Rejected, TensorSpec
-from streamgr.weights.payload import DTYPES, Payload, decode, encode, require_same_form, split
+from streamgr.weights.payload import DTYPES, Payload, check, decode, encode, overlay, require_same_form, split
 
 
 @st.composite
@@ -28,12 +28,11 @@ def payloads(draw: st.DrawFn) -> Payload:
         payload |= {
             "table/rows": torch.tensor(rows, dtype=torch.int64),
             "table/keys": torch.tensor(
-                draw(st.lists(st.integers(0, 2**64 - 1), min_size=n, max_size=n)), dtype=torch.uint64
+                draw(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=n, max_size=n)), dtype=torch.int64
             ),
-            "table/last_ms": torch.arange(n),
-            "table/weight": torch.randn(n, width, generator=generator).to(
-                draw(st.sampled_from([torch.float32, torch.bfloat16]))
-            ),
+            "table/until_ms": torch.arange(n),
+            "table/field": torch.randint(0, 3, (n,), generator=generator).to(torch.uint8),
+            "table/weight": torch.randn(n, width, generator=generator).bfloat16(),
         }
     return payload
 
@@ -53,9 +52,10 @@ def test_round_trip(payload: Payload, chunk_bytes: int) -> None:
 SMALL: Payload = {
     "dense/w": torch.tensor([[1.0, 2.0], [3.0, -4.0]]),
     "table/rows": torch.tensor([0, 7]),
-    "table/keys": torch.tensor([11, 2**63 + 5], dtype=torch.uint64),
-    "table/last_ms": torch.tensor([1, 2]),
-    "table/weight": torch.tensor([[0.5], [0.25]]),
+    "table/keys": torch.tensor([11, -(2**63) + 5]),
+    "table/until_ms": torch.tensor([1, 2]),
+    "table/field": torch.tensor([0, 1], dtype=torch.uint8),
+    "table/weight": torch.tensor([[0.5], [0.25]]).bfloat16(),
 }
 DATA, SPECS = encode(SMALL)
 
@@ -117,17 +117,18 @@ def test_the_manifest_decides(specs: dict[str, TensorSpec], reason: str) -> None
     [
         ({"dense/w": torch.tensor([float("nan")])}, "nonfinite"),
         ({"dense/w": torch.tensor([float("-inf")], dtype=torch.bfloat16)}, "nonfinite"),
-        ({"table/weight": torch.tensor([[1.0], [float("nan")]])}, "nonfinite"),
+        ({"table/weight": torch.tensor([[1.0], [float("nan")]]).bfloat16()}, "nonfinite"),
         ({"dense/w": torch.zeros(1, dtype=torch.complex64)}, "schema"),
         ({"dense/w": torch.zeros(1, dtype=torch.bool)}, "schema"),
         ({"state/w": torch.zeros(1)}, "schema"),
         ({"table/more": torch.zeros(1)}, "schema"),
         ({"table/rows": torch.tensor([0, 7], dtype=torch.int32)}, "schema"),
         ({"table/keys": torch.tensor([11, 12], dtype=torch.int32)}, "schema"),
-        ({"table/last_ms": torch.tensor([5, 6], dtype=torch.int32)}, "schema"),
-        ({"table/weight": torch.zeros(2, 1, dtype=torch.int64)}, "schema"),
+        ({"table/until_ms": torch.tensor([5, 6], dtype=torch.int32)}, "schema"),
+        ({"table/field": torch.zeros(2, dtype=torch.int64)}, "schema"),
+        ({"table/weight": torch.zeros(2, 1)}, "schema"),
         ({"table/rows": torch.tensor([0, 1, 2])}, "shape"),
-        ({"table/weight": torch.zeros(2)[:, None][:1]}, "shape"),
+        ({"table/weight": torch.zeros(1, 1).bfloat16()}, "shape"),
         ({"table/rows": torch.tensor([7, 7])}, "shape"),
         ({"table/rows": torch.tensor([-1, 7])}, "shape"),
     ],
@@ -157,8 +158,45 @@ def test_a_delta_has_its_parents_form_whatever_its_number_of_rows() -> None:
     for other in (
         _spec("dense/w", shape=[2, 3]),
         _spec("table/weight", shape=[2, 2]),
-        _spec("table/weight", dtype="BF16"),
+        _spec("table/weight", dtype="F32"),
         {n: s for n, s in SPECS.items() if n != "dense/w"},
     ):
         with pytest.raises(Rejected, match="not of its parent's form"):
             require_same_form(other, SPECS)
+
+
+@given(st.integers(0, 4_000), st.sampled_from([float("nan"), float("inf"), float("-inf")]), st.sampled_from([*DTYPES]))
+def test_one_value_that_is_not_finite_is_found_wherever_it_is(at: int, value: float, name: str) -> None:
+    dtype = DTYPES[name]
+    if not dtype.is_floating_point:
+        return
+    tensor = torch.randn(4_001, generator=torch.Generator().manual_seed(at)).to(dtype)
+    check({"dense/w": tensor})
+    tensor[at] = value
+    with pytest.raises(Rejected, match="not finite"):
+        check({"dense/w": tensor})
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=6, unique=True), min_size=1, max_size=4))
+def test_an_overlay_is_what_the_parts_come_to_one_after_the_other(rows: list[list[int]]) -> None:
+    parts: list[Payload] = []
+    expected: dict[int, tuple[int, float]] = {}
+    for n, named in enumerate(rows):
+        weight = torch.arange(len(named)).float() + 10 * n
+        parts.append(_table(named, [100 * n + row for row in named], weight) | {"dense/w": torch.tensor([float(n)])})
+        expected |= {row: (100 * n + row, float(w)) for row, w in zip(named, weight, strict=True)}
+    whole = overlay(parts)
+    assert whole["dense/w"].item() == len(rows) - 1
+    found = zip(whole["table/keys"].tolist(), whole["table/weight"][:, 0].tolist(), strict=True)
+    assert dict(zip(whole["table/rows"].tolist(), found, strict=True)) == expected
+    check(whole)
+
+
+def _table(rows: list[int], keys: list[int], weight: torch.Tensor) -> Payload:
+    return {
+        "table/rows": torch.tensor(rows, dtype=torch.int64),
+        "table/keys": torch.tensor(keys, dtype=torch.int64),
+        "table/until_ms": torch.zeros(len(rows), dtype=torch.int64),
+        "table/field": torch.zeros(len(rows), dtype=torch.uint8),
+        "table/weight": weight[:, None].bfloat16(),
+    }
