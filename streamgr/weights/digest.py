@@ -27,6 +27,8 @@ BLOCK = 1 << 12  # rows hashed together: their words stay in the cache
 def row_hashes(part: Mapping[str, Tensor]) -> U64:
     """u64[n] of rows as `IdTable.rows` gives them."""
     n = len(part["rows"])
+    if not n:
+        return np.zeros(0, np.uint64)
     rows, keys, until = (part[name].numpy().view(np.uint64) for name in ("rows", "keys", "until_ms"))
     field = part["field"].numpy().astype(np.uint64)
     raw: NDArray[np.uint8] = part["weight"].contiguous().view(torch.uint8).numpy().reshape(n, -1)

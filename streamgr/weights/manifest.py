@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from streamgr import __version__
 from streamgr.errors import DataError
 
-FORMAT = 1
+FORMAT = 2  # 1 had neither state digest nor probe, and float32 rows
 KEPT_VERSIONS = 4096
 CLAIM_KEY, PIN_KEY = b"claim", b"pin"
 MAX_BYTES = (2 << 20) - (64 << 10)  # of a record of the manifests topic, which takes 2 MiB with its overhead

@@ -1,6 +1,6 @@
 """The same story through real clients, on a real Kafka and on the mock: publish, follow, fence, look, verify."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 
 import pytest
@@ -124,16 +124,14 @@ def test_verify_names_the_damage(config: Config, open_: Callable[[type], object]
     made.claim()
     world = World(3)
     publish(made, world)
-    send = made._producer.send_confirmed
+    send = made._producer.send_all
 
-    def damaging(topic: str, value: bytes | None, **named: object) -> int:
-        if topic == config.topic("weights") and value:
-            value = bytes([value[0] ^ 1]) + value[1:]
-        return send(topic, value, **named)  # type: ignore[arg-type]
+    def damaging(topic: str, records: Iterable[tuple[bytes, bytes]], *, partition: int) -> list[int]:
+        return send(topic, [(key, bytes([value[0] ^ 1]) + value[1:]) for key, value in records], partition=partition)
 
-    made._producer.send_confirmed = damaging  # type: ignore[method-assign,assignment]
+    made._producer.send_all = damaging  # type: ignore[method-assign]
     publish(made, world)
-    made._producer.send_confirmed = send  # type: ignore[method-assign]
+    made._producer.send_all = send  # type: ignore[method-assign]
     publish(made, world)
     assert views.verify(config, CLOCK, 1)["ok"]
     answer = views.verify(config, CLOCK, 3)

@@ -19,8 +19,11 @@ from streamgr.weights.manifest import (
     Learned,
     Manifest,
     PackedLearned,
+    PinRecord,
+    Probe,
     Rejected,
     TensorSpec,
+    Unpinned,
     decode,
     encode,
     manifest_key,
@@ -48,6 +51,8 @@ MANIFEST = Manifest(
     bytes=128,
     quality={"normalized_entropy": 0.91, "auc": None},
     learned=PackedLearned(2, 0, b""),
+    state_digest="0123456789abcdef",
+    probe=Probe([2**64 - 1, 5], [[0.5, -1.25]]),
     code="0.1.0",
 )
 MODEL_DIGEST = sha256(b'{"actions":["click"],"dim":2,"table":{"rows":4}}').hexdigest()
@@ -57,13 +62,14 @@ GOLDEN_BODY = (
     '"watermark_ms":1700000000000,"positions":{"streamgr.examples":{"0":17,"2":5}},"published_ms":1700000000456,'
     f'"tensors":{{"dense/w":["F32",[2,2],"{"ab" * 32}"]}},"chunks":[[7,100,"{"cd" * 32}"],[8,28,"{"ef" * 32}"]],'
     '"bytes":128,"quality":{"normalized_entropy":0.91,"auc":null},'
-    '"learned":{"total":2,"count":0,"columns":""},"code":"0.1.0"}'
+    '"learned":{"total":2,"count":0,"columns":""},"state_digest":"0123456789abcdef",'
+    '"probe":{"keys":[18446744073709551615,5],"logits":[[0.5,-1.25]]},"code":"0.1.0"}'
 )
 
 
 def test_golden_bytes() -> None:
     digest = sha256(GOLDEN_BODY.encode()).hexdigest()
-    golden = f'{{"format":1,"sha256":"{digest}","body":{GOLDEN_BODY}}}'.encode()
+    golden = f'{{"format":2,"sha256":"{digest}","body":{GOLDEN_BODY}}}'.encode()
     assert encode(MANIFEST) == golden
     assert decode(b"manifest/5", golden, 9) == MANIFEST
 
@@ -71,7 +77,11 @@ def test_golden_bytes() -> None:
 def test_a_claim_and_a_pin() -> None:
     claim = ClaimRecord(claimed_ms=5, last_version=3)
     assert decode(CLAIM_KEY, encode(claim), 0) == claim
-    assert decode(PIN_KEY, b"whatever a later version writes", 0) is None
+    pin = PinRecord(epoch=3, version=7, pinned_ms=5, why="the one before is ill")
+    assert decode(PIN_KEY, encode(pin), 0) == pin
+    assert decode(PIN_KEY, None, 0) == Unpinned()
+    with pytest.raises(Rejected, match="not a PinRecord"):
+        decode(PIN_KEY, b"whatever a later version writes", 0)
 
 
 numbers = st.integers(0, 2**53)
@@ -133,8 +143,8 @@ def test_a_well_signed_contradiction_is_named(changes: dict, reason: str) -> Non
 
 def test_another_format_is_refused_by_number() -> None:
     wire = json.loads(WIRE)
-    wire["format"] = 2
-    with pytest.raises(Rejected, match="format 2, this version reads 1"):
+    wire["format"] = 1
+    with pytest.raises(Rejected, match="format 1, this version reads 2"):
         decode(b"manifest/5", json.dumps(wire).encode(), 9)
 
 

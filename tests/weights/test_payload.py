@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from streamgr.weights.manifest import Rejected, TensorSpec
-from streamgr.weights.payload import DTYPES, Payload, decode, encode, require_same_form, split
+from streamgr.weights.payload import DTYPES, Payload, check, decode, encode, require_same_form, split
 
 
 @st.composite
@@ -28,12 +28,11 @@ def payloads(draw: st.DrawFn) -> Payload:
         payload |= {
             "table/rows": torch.tensor(rows, dtype=torch.int64),
             "table/keys": torch.tensor(
-                draw(st.lists(st.integers(0, 2**64 - 1), min_size=n, max_size=n)), dtype=torch.uint64
+                draw(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=n, max_size=n)), dtype=torch.int64
             ),
-            "table/last_ms": torch.arange(n),
-            "table/weight": torch.randn(n, width, generator=generator).to(
-                draw(st.sampled_from([torch.float32, torch.bfloat16]))
-            ),
+            "table/until_ms": torch.arange(n),
+            "table/field": (torch.arange(n) % 3).to(torch.uint8),
+            "table/weight": torch.randn(n, width, generator=generator).bfloat16(),
         }
     return payload
 
@@ -53,9 +52,10 @@ def test_round_trip(payload: Payload, chunk_bytes: int) -> None:
 SMALL: Payload = {
     "dense/w": torch.tensor([[1.0, 2.0], [3.0, -4.0]]),
     "table/rows": torch.tensor([0, 7]),
-    "table/keys": torch.tensor([11, 2**63 + 5], dtype=torch.uint64),
-    "table/last_ms": torch.tensor([1, 2]),
-    "table/weight": torch.tensor([[0.5], [0.25]]),
+    "table/keys": torch.tensor([11, 5 - 2**63]),
+    "table/until_ms": torch.tensor([1, 2]),
+    "table/field": torch.tensor([0, 2], dtype=torch.uint8),
+    "table/weight": torch.tensor([[0.5], [0.25]], dtype=torch.bfloat16),
 }
 DATA, SPECS = encode(SMALL)
 
@@ -95,6 +95,15 @@ def _spec(name: str, **changes: object) -> dict[str, TensorSpec]:
     return SPECS | {name: TensorSpec(**fields)}  # type: ignore[arg-type]
 
 
+@given(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), st.integers(0, 299), st.booleans())
+def test_one_value_that_is_not_finite_is_seen_wherever_it_stands(kind: torch.dtype, at: int, nan: bool) -> None:
+    values = torch.arange(300.0).to(kind).reshape(30, 10)
+    check({"dense/w": values, "dense/none": values[:0]})
+    values.view(-1)[at] = float("nan") if nan else float("-inf")
+    with pytest.raises(Rejected, match="not finite"):
+        check({"dense/w": values})
+
+
 @pytest.mark.parametrize(
     ("specs", "reason"),
     [
@@ -117,17 +126,18 @@ def test_the_manifest_decides(specs: dict[str, TensorSpec], reason: str) -> None
     [
         ({"dense/w": torch.tensor([float("nan")])}, "nonfinite"),
         ({"dense/w": torch.tensor([float("-inf")], dtype=torch.bfloat16)}, "nonfinite"),
-        ({"table/weight": torch.tensor([[1.0], [float("nan")]])}, "nonfinite"),
+        ({"table/weight": torch.tensor([[1.0], [float("nan")]], dtype=torch.bfloat16)}, "nonfinite"),
         ({"dense/w": torch.zeros(1, dtype=torch.complex64)}, "schema"),
         ({"dense/w": torch.zeros(1, dtype=torch.bool)}, "schema"),
         ({"state/w": torch.zeros(1)}, "schema"),
         ({"table/more": torch.zeros(1)}, "schema"),
         ({"table/rows": torch.tensor([0, 7], dtype=torch.int32)}, "schema"),
         ({"table/keys": torch.tensor([11, 12], dtype=torch.int32)}, "schema"),
-        ({"table/last_ms": torch.tensor([5, 6], dtype=torch.int32)}, "schema"),
-        ({"table/weight": torch.zeros(2, 1, dtype=torch.int64)}, "schema"),
+        ({"table/until_ms": torch.tensor([5, 6], dtype=torch.int32)}, "schema"),
+        ({"table/field": torch.tensor([0, 1])}, "schema"),
+        ({"table/weight": torch.zeros(2, 1)}, "schema"),
         ({"table/rows": torch.tensor([0, 1, 2])}, "shape"),
-        ({"table/weight": torch.zeros(2)[:, None][:1]}, "shape"),
+        ({"table/weight": torch.zeros(1, 1, dtype=torch.bfloat16)}, "shape"),
         ({"table/rows": torch.tensor([7, 7])}, "shape"),
         ({"table/rows": torch.tensor([-1, 7])}, "shape"),
     ],
@@ -157,7 +167,7 @@ def test_a_delta_has_its_parents_form_whatever_its_number_of_rows() -> None:
     for other in (
         _spec("dense/w", shape=[2, 3]),
         _spec("table/weight", shape=[2, 2]),
-        _spec("table/weight", dtype="BF16"),
+        _spec("table/weight", dtype="F32"),
         {n: s for n, s in SPECS.items() if n != "dense/w"},
     ):
         with pytest.raises(Rejected, match="not of its parent's form"):
