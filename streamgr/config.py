@@ -137,6 +137,13 @@ class Weights(Section, frozen=True):
     snapshot_every: Count = 60  # versions; sooner when the deltas outweigh the snapshot
     chunk_bytes: Count = 512 << 10
     retention_bytes: Count = 1 << 30  # what the weights topic holds at least; a snapshot must stay below a quarter
+    max_dense_norm: Positive = 1e4  # beyond any of these three a version is withheld: the network's weights together,
+    max_row_norm: Positive = 1e3  # one row of the table,
+    max_gradient_norm: Positive = 1e3  # the gradient of one step, before it is clipped
+    max_entropy_rise: Positive = 0.25  # share above the median of the last versions' prequential entropy: withheld too
+    compared_versions: Count = 10  # the last so many; before there are as many, nothing is compared
+    compared_targets: Count = 1_000  # the newest judged targets, at most `trainer.window_targets`; fewer: no judgement
+    max_withheld: Count = 30  # versions in a row for their entropy; then the world has changed, and it is let go
 
 
 class Scorer(Section, frozen=True):

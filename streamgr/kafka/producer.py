@@ -8,7 +8,7 @@ and `confirm` raises the same error, so nothing is ever committed over a hole.
 Thread safe for `send` and `confirm`, as librdkafka is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import confluent_kafka
@@ -96,16 +96,21 @@ class Producer:
         timeout: float | None = None,
     ) -> int:
         """Send one record, wait until it (and all before it) is acknowledged, and return its offset."""
-        offsets: list[int] = []
-
-        def delivered(error: KafkaError | None, message: Message) -> None:
-            self._delivered(error, message)
-            if error is None:
-                offsets.append(cast(int, message.offset()))
-
+        offsets: dict[int, int] = {}
+        delivered = self._noting(0, offsets)
         self._send(topic, value, key=key, partition=partition, headers=headers, delivered=delivered)
         self.confirm(timeout)
-        return offsets[0]
+        return self._known(1, offsets, topic)[0]
+
+    def send_all(self, topic: str, records: Iterable[tuple[bytes, bytes]], *, partition: int) -> list[int]:
+        """Send (key, value) after (key, value), then wait once until all are acknowledged; their offsets, in order."""
+        offsets: dict[int, int] = {}
+        count = 0
+        for key, value in records:
+            self._send(topic, value, key=key, partition=partition, headers=None, delivered=self._noting(count, offsets))
+            count += 1
+        self.confirm()
+        return self._known(count, offsets, topic)
 
     def confirm(self, timeout: float | None = None) -> None:
         """Return when every record sent so far is acknowledged.
@@ -179,6 +184,24 @@ class Producer:
             self._voice.complain(error)
             if self._broken is None:
                 self._broken = self._reason(error, f"{message.topic()}[{message.partition()}]")
+
+    def _noting(self, index: int, offsets: dict[int, int]) -> Delivered:
+        """Where the record came to stand, once it is acknowledged, as offsets[index]."""
+
+        def delivered(error: KafkaError | None, message: Message) -> None:
+            self._delivered(error, message)
+            if error is None:
+                offsets[index] = cast(int, message.offset())
+
+        return delivered
+
+    @staticmethod
+    def _known(count: int, offsets: dict[int, int], where: str) -> list[int]:
+        """The offsets of `count` records. Raises `TryAgain` where `close` has forgotten some meanwhile."""
+        if len(offsets) < count:
+            what = f"{count - len(offsets)} of {count} records were given up"
+            raise TryAgain(what, where=where, remedy="none: their sender was leaving")
+        return [offsets[index] for index in range(count)]
 
     def _reason(self, error: KafkaError, where: str) -> StreamgrError:
         if error.code() == KafkaError.MSG_SIZE_TOO_LARGE:

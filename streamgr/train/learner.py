@@ -82,6 +82,7 @@ class Learner:
         self.sparse = row_optimizer(trainer, len(self.table.weight), table.fallback_rows, settings.model.dim)
         self.step = 0
         self.watermark_ms = 0  # the table's clock: the greatest watermark learned
+        self._gradient_norm = 0.0
 
     def learn(self, batch: Batch) -> tuple[Predictions, str]:
         """Take one step; returns what was predicted before it, and why nothing was learned ("" when it was)."""
@@ -118,6 +119,11 @@ class Learner:
         if self.step % GROW_STEPS == 0 and self.table.crowded():
             self._grow()
         return predictions, why_not
+
+    def take_gradient_norm(self) -> float:
+        """The greatest norm of a gradient, dense and rows together, before clipping, since the last call."""
+        norm, self._gradient_norm = self._gradient_norm, 0.0
+        return norm
 
     def _negatives(self, batch: Batch) -> "Negatives":
         """Items that the batch's targets are told from: some drawn evenly from the live ones, some from the batch.
@@ -224,6 +230,7 @@ class Learner:
             self.dense.zero_grad(set_to_none=True)
             SKIPPED.labels("gradient").inc()
             return "gradient"
+        self._gradient_norm = max(self._gradient_norm, float(torch.hypot(norm, gradient.norm())))
         self.dense.step()
         touched = gradient.any(dim=1)
         self.sparse.step(self.table.weight, rows[touched], gradient[touched], self.step)

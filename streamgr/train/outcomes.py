@@ -1,8 +1,8 @@
 """What came of a step: figures judged, freshness observed, and one line a target for reports.
 
-Everything here follows learning and changes nothing of it. Freshness columns gather until a version carries them to
-the scorers, which observe how long each target took to be served. The prequential log is cut back to the checkpoint's
-length at a restart and written again by the replayed steps, so it names each target once.
+Everything here follows learning and changes nothing of it. Freshness columns gather until a published version has
+carried them to the scorers, which observe how long each target took to be served. The prequential log is cut back to
+the checkpoint's length at a restart and written again by the replayed steps, so it names each target once.
 """
 
 import os
@@ -22,6 +22,7 @@ from streamgr.train.learner import Predictions
 from streamgr.train.prequential import Prequential
 from streamgr.weights.manifest import Learned
 
+MAX_FRESH = 1 << 16  # rows of freshness kept while no version is published
 TARGETS = counter("train_targets", "Targets learned, replays after a restart excepted.", ("label",))
 LABEL_TO_GRADIENT = histogram(
     "label_to_gradient_seconds", "From the record that closed a label to its gradient step.", ("label",)
@@ -39,7 +40,8 @@ class Outcomes:
         """`log_path` "" writes none; `log_bytes`: how much of it the checkpoint has seen."""
         self.prequential = prequential
         self._actions = list(actions)
-        self._fresh: list[NDArray[np.int64]] = []
+        self._fresh: list[NDArray[np.int64]] = []  # [3, n] each
+        self._fresh_total = 0
         self._path, self._log = log_path, None
         if log_path:
             try:
@@ -72,6 +74,7 @@ class Outcomes:
         self._fresh.append(
             np.stack([targets.append_ms, targets.closed_ms, np.full(len(targets), gradient_ms, np.int64)])
         )
+        self._fresh_total += len(targets)
         for name, chosen in (("positive", targets.positive), ("negative", ~targets.positive)):
             TARGETS.labels(name).inc(int(chosen.sum()))
             waited = LABEL_TO_GRADIENT.labels(name)
@@ -80,11 +83,18 @@ class Outcomes:
         for row in targets.ranked:
             IMPRESSION_TO_LABEL.observe(max(0.0, (targets.closed_ms[row] - targets.append_ms[row]) / 1000))
 
-    def take_freshness(self) -> Learned:
-        """The freshness of what was learned since the last call."""
-        columns = np.concatenate(self._fresh, axis=1) if self._fresh else np.empty((3, 0), np.int64)
-        self._fresh = []
-        return Learned(columns[0], columns[1], columns[2], columns.shape[1])
+    def freshness(self) -> Learned:
+        """The freshness of what no published version has carried yet; of very many rows, some stand for all."""
+        columns = np.concatenate([np.empty((3, 0), np.int64), *self._fresh], axis=1)
+        if columns.shape[1] > MAX_FRESH:
+            columns = columns[:, ::2]
+        self._fresh = [columns]
+        return Learned(columns[0], columns[1], columns[2], self._fresh_total)
+
+    def carried(self, learned: Learned) -> None:
+        """A published version has carried what `freshness` gave last."""
+        self._fresh[0] = self._fresh[0][:, len(learned.gradient_ms) :]
+        self._fresh_total -= learned.total
 
     def sync(self) -> int:
         """Make the log durable; returns its length."""

@@ -126,6 +126,18 @@ class Prequential:
             }
         return found
 
+    def recent_entropy(self, targets: int, least: int) -> dict[str, float]:
+        """NE by task over the newest `targets` ranking targets; a task without so many, or with fewer than `least` of
+        either class among them, is not there."""
+        found = {}
+        for task, ring in self._task_rings.items():
+            p, y = ring.rows()[-targets:].T
+            if len(y) < targets or not least <= y.sum() <= targets - least:
+                continue
+            if (entropy := normalized_entropy(float(log_loss(p, y).sum()), float(y.sum()), targets)) is not None:
+                found[task] = entropy
+        return found
+
     def export(self) -> dict[str, float | None]:
         """Set the gauges (NaN: does not exist) and return the figures."""
         figures = self.figures()

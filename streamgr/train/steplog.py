@@ -5,10 +5,13 @@ appended before the step's weights leave the process, and fsynced before any ver
 After a crash the steps since the checkpoint are formed again from these lines, so the same versions come out, bit for
 bit on CPU. What was written but not yet synced may be lost with the machine: no version can have contained it.
 
+The publishing thread syncs while the loop appends; only with a file being replaced must it not meet.
+
 A torn last line is what a crash leaves, and is cut off. Anything else that cannot be read is damage.
 """
 
 import os
+import threading
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,6 +37,7 @@ class StepLog:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._in_place = threading.Lock()  # held while the file is synced, or replaced
         self.steps = self._read()
         self._file = self._open()
 
@@ -46,9 +50,10 @@ class StepLog:
         self.steps.append(step)
 
     def sync(self) -> None:
-        """What was appended survives the machine from here on."""
+        """What was appended survives the machine from here on. Any thread may ask."""
         try:
-            os.fsync(self._file.fileno())
+            with self._in_place:
+                os.fsync(self._file.fileno())
         except OSError as error:
             raise _refused(self._path, error) from None
 
@@ -67,13 +72,14 @@ class StepLog:
         """Drop the steps up to and with `step`: every checkpoint that could be restored holds them."""
         self.steps = [s for s in self.steps if s.step > step]
         temporary = self._path.with_suffix(".tmp")
-        try:
-            files.write(temporary, b"".join(msgspec.json.encode(s) + b"\n" for s in self.steps))
-            self._file.close()
-            temporary.replace(self._path)
-        except OSError as error:
-            raise _refused(self._path, error) from None
-        self._file = self._open()
+        with self._in_place:
+            try:
+                files.write(temporary, b"".join(msgspec.json.encode(s) + b"\n" for s in self.steps))
+                self._file.close()
+                temporary.replace(self._path)
+            except OSError as error:
+                raise _refused(self._path, error) from None
+            self._file = self._open()
 
     def close(self) -> None:
         self._file.close()

@@ -1,4 +1,4 @@
-"""The trainer: examples in, weights out. One loop: poll, step, publish, checkpoint.
+"""The trainer: examples in, weights out. One loop: poll, step, cut a version, checkpoint.
 
 What makes it exactly once (decisions 3, 6 and 7), in the order of a life:
 
@@ -6,49 +6,48 @@ What makes it exactly once (decisions 3, 6 and 7), in the order of a life:
 2. The newest checkpoint gives weights, optimizers, marks and positions under one step number; the step log says how
    the steps after it were formed, and they are formed and learned again, with the same bits on CPU.
 3. Each new step is written to the step log, then learned. The log is synced before a version that contains the step
-   is published, so no served weights can be forgotten.
-4. The checkpoint moves what a restart must repeat; the step log is then cut to what the oldest checkpoint needs.
+   is published, so no served weights can be forgotten. The loop only cuts a version; a thread of its own publishes it
+   (`versions`), and what depends on a version moves when it is acknowledged.
+4. What the guard withholds is said and counted (`guard`), and the role is not ready until a version goes out again.
+5. The checkpoint moves what a restart must repeat; the step log is then cut to what the oldest checkpoint needs.
    Offsets committed to Kafka are for lag tools only and never read.
 
 `run_until_end` merges without regard to arrival and needs no step log: a crash repeats the same steps by itself.
 """
 
 from contextlib import ExitStack
+from typing import Any
 
 import msgspec
 import torch
 
 from streamgr.clock import Clock, milliseconds
 from streamgr.config import Config
-from streamgr.errors import ConfigError
+from streamgr.errors import ConfigError, DataError
 from streamgr.kafka.consumer import Consumer
 from streamgr.kafka.producer import Producer
+from streamgr.model.recommender import Recommender
 from streamgr.service import Stop
-from streamgr.telemetry import DURATION_BUCKETS, HORIZON, WATERMARK, Health, Log, counter, gauge, histogram
+from streamgr.telemetry import DURATION_BUCKETS, HORIZON, WATERMARK, Health, Log, counter, histogram
 from streamgr.train.batch import assemble
 from streamgr.train.checkpoint import Checkpoints, Facts, lock
+from streamgr.train.guard import Candidate, Guard
 from streamgr.train.learner import Learner
+from streamgr.train.meters import TableMeters
 from streamgr.train.outcomes import Outcomes
 from streamgr.train.prequential import Prequential
 from streamgr.train.reader import ExamplesReader, Formed, Source
 from streamgr.train.steplog import Step, StepLog
+from streamgr.train.versions import Published, Versions, Withheld
 from streamgr.weights import publisher as weights
-from streamgr.weights.manifest import Kind
 from streamgr.weights.publisher import Publisher
 
 EXAMPLES = counter("train_examples", "Examples learned, replays after a restart included.")
 STEPS = counter("train_steps", "Steps learned.", ("origin",))
 DURATION = histogram("train_step_duration_seconds", "One step: map, forward, judge, backward.", (), DURATION_BUCKETS)
-SLOTS = gauge("table_slots", "Slots of the ID table.", ("table",))
-USED = gauge("table_used_slots", "Slots that hold an id.", ("table",))
-ADMISSIONS = counter("table_admissions", "Ids given a slot.", ("table",))
-EVICTIONS = counter("table_evictions", "Slots taken back.", ("table", "reason"))
-UNPLACED = counter("table_unplaced", "Ids that found no slot free of their own batch.", ("table",))
-TABLE = "items"
 for _origin in ("live", "replay"):
     STEPS.labels(_origin)
-for _reason in ("full", "expired"):
-    EVICTIONS.labels(TABLE, _reason)
+WAIT_SECONDS = 0.5
 
 
 class Trainer:
@@ -75,9 +74,9 @@ class Trainer:
         self._given = source, publisher
         self._closing = ExitStack()
         self._directory = config.role_directory("trainer")
-        self._news = False  # something was learned since the last version
+        self._published_step = -1  # of the newest version that is acknowledged
         self._busy = False  # the last turn took a step: there may be work for another at once
-        self._published = self._checkpointed = 0.0
+        self._cut_at = self._checkpointed = 0.0
 
     def run(self) -> None:
         """Learn and publish until told to stop; then publish, checkpoint and leave."""
@@ -86,8 +85,10 @@ class Trainer:
                 return
             while not self._stop:
                 self.turn()
-            if self._news:
-                self._publish()
+            self._wait()
+            if self._learner.step > self._published_step:
+                self._cut()
+                self._wait()
             self._checkpoint()
 
     def run_until_end(self) -> None:
@@ -106,13 +107,16 @@ class Trainer:
                 if self._reader.ended():
                     break
             self._checkpoint()
-            self._publish()
+            self._cut()
+            if (withheld := self._wait()) is not None:
+                raise DataError(withheld.verdict.what, where="weights withheld", remedy=withheld.verdict.remedy)
 
     def start(self) -> bool:
         """Open, recover, and publish what we have, so that scorers can serve; false when stopped before that."""
         if not self._open():
             return False
-        self._publish()
+        self._cut()
+        self._wait()
         return True
 
     def turn(self) -> None:
@@ -124,8 +128,14 @@ class Trainer:
         if formed is not None:
             self._steps.append(Step(self._learner.step + 1, self._reader.ends(formed)))
             self._learn(formed)
-        if self._due(self._published, settings.publish_seconds) and (self._news or self._horizon_moved()):
-            self._publish()
+        self._follow_version()
+        if self._versions.ahead is not None:
+            self._cut()
+        elif not self._versions.busy and self._due(self._cut_at, settings.publish_seconds) and self._news():
+            if self._busy:
+                self._versions.copy_ahead(self._learner.watermark_ms)
+            else:  # nobody is held up
+                self._cut()
         if self._due(self._checkpointed, settings.checkpoint_seconds):
             self._checkpoint()
         self._health.turned()
@@ -145,7 +155,7 @@ class Trainer:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self._learner = Learner(config)
         prequential = Prequential(config.sequence.actions, settings.window_targets, settings.fade_targets)
-        self._architecture = msgspec.to_builtins(
+        self._architecture: dict[str, Any] = msgspec.to_builtins(
             {"model": config.model, "table": config.table, "actions": config.sequence.actions}
         )
         self._checkpoints = Checkpoints(self._directory / "checkpoints", self._log)
@@ -186,35 +196,33 @@ class Trainer:
             max_skew_ms=milliseconds(settings.max_skew_seconds),
             accept_loss=settings.accept_loss,
         )
-        self._since = 0  # the table's mark at the last version
-        self._published = self._checkpointed = self._clock.monotonic()
-        self._stats = self._learner.table.stats()
+        self._guard = Guard(config.weights, self._log)
+        self._versions = Versions(
+            self._publisher,
+            self._guard,
+            self._learner.table,
+            Recommender(config.model, config.sequence.actions, settings.seed),
+            compared_targets=min(config.weights.compared_targets, settings.window_targets),
+            sync=self._steps.sync,
+            clock=self._clock,
+        )
+        self._closing.callback(self._versions.close)
+        self._cut_at = self._checkpointed = self._clock.monotonic()
+        self._meters = TableMeters(self._learner.table)
         return self._recover()
 
     def _connect_publisher(self) -> Publisher:
         if self._given[1] is not None:
             return self._given[1]
         kafka = self._config.kafka
-        producer = Producer(
-            kafka,
-            client_id=self._config.group("trainer"),
-            log=self._log,
-            stop=self._stop,
-            waiting=self._health.turned,  # a broker that is away is no reason to start the trainer again
-        )
+        producer = Producer(kafka, client_id=self._config.group("trainer"), log=self._log, stop=self._stop)
         self._closing.callback(producer.close)
         publisher = Publisher(
             self._config,
             self._clock,
             self._log,
             producer,
-            lambda: Consumer(
-                kafka,
-                client_id=self._config.group("trainer-manifests"),
-                log=self._log,
-                stop=self._stop,
-                waiting=self._health.turned,
-            ),
+            lambda: Consumer(kafka, client_id=self._config.group("trainer-manifests"), log=self._log, stop=self._stop),
             patience=lambda: not self._stop,
         )
         self._closing.callback(publisher.close)
@@ -260,7 +268,6 @@ class Trainer:
         gradient_ms = self._clock.now_ms()
         self._reader.learned(formed)
         self._outcomes.add(partitions, batch, predictions, version=self._version, gradient_ms=gradient_ms)
-        self._news = True
         EXAMPLES.inc(len(partitions))
         STEPS.labels("replay" if replay else "live").inc()
         if skipped:
@@ -272,43 +279,72 @@ class Trainer:
         if not replay:
             self._outcomes.learned(batch, gradient_ms)
 
-    def _publish(self) -> None:
-        """A version of all that was learned; the mark advances only when it is acknowledged."""
-        self._steps.sync()
-        self._horizon_ms = self._horizon()
-        table = self._learner.table
-        kind: Kind = "snapshot" if self._publisher.snapshot_due() else "delta"
-        clock_ms = self._learner.watermark_ms
-        rows = table.snapshot_rows(clock_ms) if kind == "snapshot" else table.changed_since(self._since)
-        since = table.mark()
-        payload = {f"dense/{name}": tensor for name, tensor in self._learner.model.state_dict().items()}
-        payload |= {f"table/{name}": column for name, column in table.rows(rows).items()}
+    def _cut(self) -> None:
+        """A version of all that was learned goes on its way."""
         lanes = self._reader.lanes.items()
-        manifest = self._publisher.publish(
-            kind,
-            payload,
+        self._cut_at = self._clock.monotonic()
+        self._versions.cut(
+            self._learner.model.state_dict(),
+            self._outcomes.prequential,
+            self._learner.take_gradient_norm(),
             weights.Facts(
-                model=self._architecture,
+                model=self._model(),
                 step=self._learner.step,
                 targets_learned=self._targets_learned,
-                horizon_ms=self._horizon_ms,
-                watermark_ms=clock_ms,
+                horizon_ms=self._horizon(),
+                watermark_ms=self._learner.watermark_ms,
                 positions={
                     self._config.topic("events"): {p: lane.state.source_next for p, lane in lanes},
                     self._config.topic("examples"): {p: lane.state.next_offset for p, lane in lanes},
                 },
-                learned=self._outcomes.take_freshness(),
-                quality=self._outcomes.prequential.export(),
+                learned=self._outcomes.freshness(),
+                quality={},
             ),
         )
-        self._since, self._version, self._news = since, manifest.version, False
-        self._published = self._clock.monotonic()
-        self._source.commit({(self._config.topic("examples"), p): lane.state.next_offset for p, lane in lanes})
-        self._health.hold("published")
+
+    def _follow_version(self, timeout: float = 0.0) -> Withheld | None:
+        """What became of the version on its way; raises what stopped it."""
+        match ended := self._versions.ended(timeout):
+            case Published(cut, manifest):
+                self._version, self._published_step = manifest.version, cut.facts.step
+                self._horizon_ms = cut.facts.horizon_ms
+                self._outcomes.carried(cut.facts.learned)
+                topic = self._config.topic("examples")
+                self._source.commit({(topic, p): offset for p, offset in cut.facts.positions[topic].items()})
+                self._health.hold("published")
+            case Withheld(cut, verdict):
+                self._log.error(
+                    "weights_withheld",
+                    f"{verdict.what}; remedy: {verdict.remedy}",
+                    reason=verdict.reason,
+                    step=cut.facts.step,
+                    serving=self._version,
+                )
+                self._health.hold("published", f"withheld: {verdict.what}")
+            case None:
+                return None
         self._export()
+        return ended if isinstance(ended, Withheld) else None
+
+    def _wait(self) -> Withheld | None:
+        """Until no version is on its way; the last one, if it was withheld."""
+        withheld = None
+        while self._versions.busy:
+            withheld = self._follow_version(WAIT_SECONDS)
+            self._health.turned()
+        return withheld
 
     def _checkpoint(self) -> None:
-        """Everything under one step number; the step log is cut to what the oldest checkpoint kept still needs."""
+        """Everything under one step number; the step log is cut to what the oldest checkpoint kept still needs.
+
+        Weights that may not be published are not kept either: they would take the place of the last good ones.
+        """
+        self._checkpointed = self._clock.monotonic()
+        table, dense = self._learner.table, self._learner.model.state_dict()
+        every = Candidate(dense, torch.arange(len(table.weight)), table.weight)
+        if (verdict := self._guard.inspect(every)) is not None:
+            self._log.error("checkpoint_withheld", f"{verdict.what}; remedy: {verdict.remedy}", reason=verdict.reason)
+            return
         tensors = self._learner.state()
         tensors |= {f"prequential/{name}": tensor for name, tensor in self._outcomes.prequential.state().items()}
         oldest = self._checkpoints.save(
@@ -327,12 +363,20 @@ class Trainer:
             tensors,
         )
         self._steps.forget(oldest)
-        self._checkpointed = self._clock.monotonic()
 
     # -- what we know of ourselves
 
     def _due(self, since: float, seconds: float) -> bool:
         return self._clock.monotonic() - since >= seconds
+
+    def _model(self) -> dict[str, Any]:
+        """What a scorer must build: the table has as many slots as it has grown to."""
+        table: dict[str, Any] = self._architecture["table"]
+        return self._architecture | {"table": table | {"slots": len(self._learner.table.index)}}
+
+    def _news(self) -> bool:
+        """Whether a version would tell more than the last one that was published."""
+        return self._learner.step > self._published_step or self._horizon_moved()
 
     def _horizon(self) -> int:
         """Append time (ms) of the newest source record fully in the weights, the minimum over partitions; 0: unknown.
@@ -353,20 +397,13 @@ class Trainer:
         return max(self._horizon_ms, min(known))
 
     def _horizon_moved(self) -> bool:
-        """Whether a version with nothing new in it would still be younger."""
+        """Whether a version with nothing new in it would still be younger than the last one."""
         known = [ms for lane in self._reader.lanes.values() if (ms := lane.state.horizon_ms) >= 0]
         return bool(known) and min(known) > self._horizon_ms
 
     def _export(self) -> None:
-        """Gauges and the table's counters, once a version."""
+        """Gauges, once a version."""
         HORIZON.labels("trainer").set(self._horizon_ms / 1000)
         if known := [lane.state.watermark_ms for lane in self._reader.lanes.values() if lane.state.watermark_ms >= 0]:
             WATERMARK.labels(self._config.topic("examples")).set(min(known) / 1000)
-        stats, before = self._learner.table.stats(), self._stats
-        SLOTS.labels(TABLE).set(stats.slots)
-        USED.labels(TABLE).set(stats.used)
-        ADMISSIONS.labels(TABLE).inc(stats.admissions - before.admissions)
-        EVICTIONS.labels(TABLE, "full").inc(stats.evictions - before.evictions)
-        EVICTIONS.labels(TABLE, "expired").inc(stats.expiries - before.expiries)
-        UNPLACED.labels(TABLE).inc(stats.unplaced - before.unplaced)
-        self._stats = stats
+        self._meters.export()

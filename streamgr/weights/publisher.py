@@ -5,14 +5,15 @@ The order, and what a crash between the steps leaves:
 1. The claim. Its offset is our epoch; everybody who reads the log from here on refuses lower epochs.
 2. Before each version: has somebody claimed after us? Then stop (`TryAgain`): the other one publishes now. The
    look is an early exit, not the guard; what slips through it is refused by every reader.
-3. The chunks, each acknowledged. A crash leaves records that nobody refers to; retention takes them.
+3. The chunks, all on their way at once, and all acknowledged. A crash leaves records that nobody refers to; retention
+   takes them.
 4. The manifest, acknowledged. From here on the version exists.
 
 A version number is never used twice: whatever fails after step 2 uses it up, and makes the next version a snapshot.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
@@ -31,6 +32,7 @@ from streamgr.weights.manifest import (
     Kind,
     Learned,
     Manifest,
+    Probe,
     Rejected,
     TensorSpec,
     chunk_key,
@@ -73,10 +75,12 @@ class Facts:
     positions: Mapping[str, Mapping[int, int]]
     learned: Learned
     quality: Mapping[str, float | None]
+    state_digest: str = ""
+    probe: Probe = field(default_factory=Probe)
 
 
 class Publisher:
-    """One trainer's publisher; not thread safe. `claim` first."""
+    """One trainer's publisher; one thread at a time. `claim` first."""
 
     def __init__(
         self,
@@ -145,11 +149,10 @@ class Publisher:
         parent, self._parent = self._parent, None  # until the manifest is acknowledged
         self._version += 1
         epoch, version = self._claim.epoch, self._version
-        chunks = []
-        for index, part in enumerate(payloads.split(data, self._settings.chunk_bytes)):
-            key = chunk_key(epoch, version, index)
-            offset = self._producer.send_confirmed(self._weights_topic, part, key=key, partition=0)
-            chunks.append(Chunk(offset, len(part), sha256(part).hexdigest()))
+        parts = payloads.split(data, self._settings.chunk_bytes)
+        named = ((chunk_key(epoch, version, index), part) for index, part in enumerate(parts))
+        offsets = self._producer.send_all(self._weights_topic, named, partition=0)
+        chunks = [Chunk(at, len(part), sha256(part).hexdigest()) for at, part in zip(offsets, parts, strict=True)]
         manifest = Manifest(
             kind=kind,
             epoch=epoch,
@@ -168,6 +171,8 @@ class Publisher:
             bytes=len(data),
             quality=dict(facts.quality),
             learned=facts.learned.pack(),
+            state_digest=facts.state_digest,
+            probe=facts.probe,
         )
         record = encode(manifest)
         if len(record) > MAX_BYTES:

@@ -1,5 +1,6 @@
 """What a producer does when the broker is away, comes back, or refuses."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,33 @@ def test_a_refused_record_breaks_the_producer_for_good(kafka: str, prefix: str) 
         with pytest.raises(ConfigError):
             attempt()
     producer.close()
+
+
+def test_many_records_are_sent_at_once_and_waited_for_once(broker: EmbeddedBroker, prefix: str) -> None:
+    settings = Kafka(bootstrap=broker.bootstrap)
+    topics.apply(settings, topics.load_specs(topics.specs_path(), prefix))
+    producer, consumer = Producer(settings, client_id="p"), Consumer(settings, client_id="c")
+    before = producer.send_confirmed(f"{prefix}.weights", b"", partition=0)
+    waits, confirm = [], producer.confirm
+    producer.confirm = lambda timeout=None: (waits.append(len(producer._producer)), confirm(timeout))[1]  # type: ignore[method-assign]
+    records = [(b"%d" % n, bytes([n]) * (100_000 + n)) for n in range(20)]
+    assert producer.send_all(f"{prefix}.weights", records, partition=0) == [before + 1 + n for n in range(20)]
+    assert producer.send_all(f"{prefix}.weights", [], partition=0) == []
+    assert len(waits) == 2 and waits[0] > 1, "each was waited for before the next was sent"
+    consumer.assign({(f"{prefix}.weights", 0): before + 1})
+    got: list[Record] = []
+    while len(got) < 20:
+        got += consumer.poll()
+    assert [(r.key, r.value) for r in got] == records
+    consumer.close()
+    producer.close()
+
+
+def test_what_is_closed_while_it_waits_names_what_was_given_up() -> None:
+    producer = Producer(Kafka(bootstrap="127.0.0.1:1"), client_id="p")
+    threading.Timer(0.3, producer.close).start()
+    with pytest.raises(TryAgain, match="2 of 2 records were given up"):
+        producer.send_all("t", [(b"", b"a"), (b"", b"b")], partition=0)
 
 
 def test_closing_forgets_only_what_was_never_confirmed() -> None:

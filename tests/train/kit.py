@@ -148,6 +148,8 @@ class MemoryPublisher:
             bytes=0,
             quality=dict(facts.quality),
             learned=facts.learned.pack(),
+            state_digest=facts.state_digest,
+            probe=facts.probe,
         )
         self.versions.append((manifest, {name: tensor.clone() for name, tensor in payload.items()}))
         self._fresh = False
@@ -162,7 +164,7 @@ def settings(directory: Path, **changes: object) -> Config:
         state=State(directory=str(directory)),
         sequence=Sequence(history_length=32),
         model=Model(dim=8, layers=1, heads=2, position_buckets=64, time_buckets=16, negatives=8),
-        table=Table(slots=64, bucket_width=4, fallback_rows=16, ttl_seconds=1e6),
+        table=Table(slots=64, bucket_width=8, fallback_rows=16, ttl_seconds=1e6),
         trainer=Trainer(
             **{"threads": 1, "batch_tokens": 64, "publish_seconds": 1.0, "checkpoint_seconds": 1e9} | changes
         ),

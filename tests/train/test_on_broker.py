@@ -11,9 +11,12 @@ from streamgr.kafka import topics
 from streamgr.kafka.consumer import Consumer
 from streamgr.kafka.embedded import EmbeddedBroker
 from streamgr.kafka.producer import Producer
+from streamgr.model import probe
+from streamgr.model.table import WIRE
 from streamgr.service import Stop
 from streamgr.telemetry import Health, Log
 from streamgr.train.trainer import Trainer
+from streamgr.weights.digest import StateDigest, row_hashes
 from streamgr.weights.subscriber import Subscriber, Version
 from tests.train.kit import settings, stream
 
@@ -44,7 +47,11 @@ def test_examples_become_versions_that_a_scorer_takes(broker: EmbeddedBroker, pr
     second = trainer()
     second.start()
     deadline = Deadline(clock, 30)
-    while second._targets_learned < PARTITIONS * (3 * EXAMPLES + EXAMPLES // 5) or second._news:
+    while (
+        second._targets_learned < PARTITIONS * (3 * EXAMPLES + EXAMPLES // 5)
+        or second._learner.step > second._published_step
+        or second._versions.busy
+    ):
         assert not deadline.passed()
         second.turn()
     second._closing.close()
@@ -58,10 +65,16 @@ def test_examples_become_versions_that_a_scorer_takes(broker: EmbeddedBroker, pr
             taken.append(version)
     subscriber.close()
     assert taken[0].manifest.kind == "snapshot"
-    served = torch.zeros_like(second._learner.table.weight)
+    digest = StateDigest(len(second._learner.table.weight))
+    for version in taken:
+        part = {name.removeprefix("table/"): t for name, t in version.payload.items() if name.startswith("table/")}
+        digest.replace(part["rows"].numpy(), row_hashes(part))
+        assert digest.text == version.manifest.state_digest
+        assert len(version.manifest.probe.logits) == probe.CANDIDATES
+    served = torch.zeros_like(second._learner.table.weight, dtype=WIRE)
     for version in taken:
         served[version.payload["table/rows"]] = version.payload["table/weight"]
     used = second._learner.table.snapshot_rows(second._learner.watermark_ms)
-    assert torch.equal(served[used], second._learner.table.weight[used])
+    assert torch.equal(served[used], second._learner.table.weight[used].to(WIRE))
     for name, value in second._learner.model.state_dict().items():
         assert torch.equal(taken[-1].payload[f"dense/{name}"], value)

@@ -1,32 +1,43 @@
+import itertools
 import json
+import threading
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
 from streamgr.clock import ManualClock
-from streamgr.errors import ConfigError, TryAgain
+from streamgr.config import Weights
+from streamgr.errors import ConfigError, DataError, TryAgain
 from streamgr.events import IMPRESSION
+from streamgr.model.table import WIRE, IdTable
 from streamgr.sequence.examples import encode
+from streamgr.train import learner
 from streamgr.train.batch import assemble
 from streamgr.train.learner import Learner
+from streamgr.train.meters import SLOTLESS, USED
+from streamgr.train.steplog import StepLog
 from streamgr.train.trainer import Trainer
-from streamgr.weights.manifest import Learned
+from streamgr.weights.digest import StateDigest, row_hashes
+from streamgr.weights.manifest import Learned, Manifest
 from tests.train.kit import TOPIC, MemoryPublisher, MemorySource, build, example, progress, settings, stream
 
 EXAMPLES, PARTITIONS = 24, 3
 
 
 def tick(trainer: Trainer, turns: int) -> None:
+    """Turns of the loop, in each of which a version comes as far as it can: copied ahead, then published."""
     for _ in range(turns):
         trainer._clock.advance(0.3)
         trainer.turn()
+        trainer._wait()
 
 
 def weights_of(trainer: Trainer) -> dict[str, bytes]:
     state = trainer._learner.state()
-    return {n: t.numpy().tobytes() for n, t in state.items() if n not in ("table/scalars", "table/changed")}
+    return {n: t.numpy().tobytes() for n, t in state.items() if n not in ("table/mark", "table/changed")}
 
 
 def crash(trainer: Trainer) -> None:
@@ -103,7 +114,7 @@ def test_repeated_examples_are_learned_once(tmp_path: Path) -> None:
 
 def test_versions_a_snapshot_first_then_deltas_that_add_up_to_the_weights(tmp_path: Path) -> None:
     publisher = MemoryPublisher()
-    source = MemorySource(stream(2, 12), 5, events={0: 130, 1: 130})
+    source = MemorySource(stream(2, 12), 3, events={0: 130, 1: 130})
     trainer = build(settings(tmp_path), source, publisher)
     trainer.start()
     tick(trainer, 30)
@@ -116,11 +127,11 @@ def test_versions_a_snapshot_first_then_deltas_that_add_up_to_the_weights(tmp_pa
     assert manifests[0].horizon_ms == 0  # there are records, none of them answered yet
     assert manifests[-1].horizon_ms == 10_000 + 10 * 10  # the last example's own record is not known to be complete
     assert sum(Learned.unpack(m.learned).total for m in manifests) == manifests[-1].targets_learned
-    held = np.zeros((len(trainer._learner.table.weight), 8), np.float32)
+    held = torch.zeros((len(trainer._learner.table.weight), 8), dtype=WIRE)
     for _, payload in publisher.versions:
-        held[payload["table/rows"].numpy()] = payload["table/weight"].numpy()
+        held[payload["table/rows"]] = payload["table/weight"]
     used = trainer._learner.table.snapshot_rows(trainer._learner.watermark_ms)
-    assert (held[used] == trainer._learner.table.weight.numpy()[used]).all()
+    assert torch.equal(held[used], trainer._learner.table.weight[used].to(WIRE))
     assert source.committed[TOPIC, 0] == trainer._reader.lanes[0].state.next_offset
 
 
@@ -234,3 +245,155 @@ def test_a_trainer_that_reads_nothing_still_serves_a_first_version(tmp_path: Pat
     tick(trainer, 3)
     assert [(m.kind, m.step, m.horizon_ms) for m, _ in publisher.versions] == [("snapshot", 0, 1_000_000)]
     crash(trainer)
+
+
+# -- versions on their way
+
+
+def test_training_goes_on_while_a_version_is_held_up_and_learns_the_same(tmp_path: Path) -> None:
+    logs = stream(2, 20)
+    free, held = MemoryPublisher(), MemoryPublisher()
+    straight = build(settings(tmp_path / "a"), MemorySource(logs, 3), free)
+    straight.start()
+    tick(straight, 30)
+
+    blocked = build(settings(tmp_path / "b"), MemorySource(logs, 3), held)
+    blocked.start()
+    let_go = threading.Event()
+    publish = held.publish
+
+    def slow(*args: object) -> Manifest:
+        assert let_go.wait(30)
+        return publish(*args)  # type: ignore[arg-type]
+
+    held.publish = slow  # type: ignore[method-assign]
+    for _ in range(30):
+        blocked._clock.advance(0.3)
+        blocked.turn()
+    assert blocked._versions.busy and len(held.versions) == 1
+    assert blocked._learner.step == straight._learner.step > 8
+    let_go.set()
+    blocked._wait()
+    tick(blocked, 10)
+    assert weights_of(blocked) == weights_of(straight)
+    assert held.versions[-1][0].step == blocked._learner.step
+    assert len(held.versions) < len(free.versions)
+    for publisher in (free, held):
+        learned = [Learned.unpack(m.learned) for m, _ in publisher.versions]
+        assert sum(each.total for each in learned) == sum(len(each.gradient_ms) for each in learned)
+        assert sum(each.total for each in learned) == straight._targets_learned
+    crash(straight)
+    crash(blocked)
+
+
+def test_the_step_log_is_synced_before_a_version_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publisher = MemoryPublisher()
+    trainer = build(settings(tmp_path), MemorySource(stream(1, 20), 3), publisher)
+    order: list[str] = []
+    sync, publish = StepLog.sync, publisher.publish
+    monkeypatch.setattr(StepLog, "sync", lambda log: (order.append("sync"), sync(log)))
+    monkeypatch.setattr(publisher, "publish", lambda *args: (order.append("publish"), publish(*args))[1])
+    trainer.start()
+    tick(trainer, 12)
+    assert order == ["sync", "publish"] * len(publisher.versions)
+    assert len(publisher.versions) > 2
+    crash(trainer)
+
+
+def test_weights_that_break_are_withheld_and_not_kept_until_they_are_mended(tmp_path: Path) -> None:
+    publisher = MemoryPublisher()
+    trainer = build(settings(tmp_path, checkpoint_seconds=1.0), MemorySource(stream(1, 80), 3), publisher)
+    trainer.start()
+    tick(trainer, 10)
+    checkpoints = tmp_path / "trainer" / "checkpoints"
+    kept, before = sorted(checkpoints.iterdir()), len(publisher.versions)
+    table = trainer._learner.table
+    row = int(np.setdiff1d(np.arange(table.first_slot, len(table.weight)), table.live(0)[0])[0])  # nobody's
+    table.weight[row] = float("nan")
+    table.touch(np.array([row]))
+    tick(trainer, 10)
+    ready, conditions = trainer._health.ready()
+    assert not ready and "not finite" in str(conditions["published"])
+    assert trainer._health.live()[0]
+    assert len(publisher.versions) == before and sorted(checkpoints.iterdir()) == kept
+    stalled_at = trainer._learner.step
+    table.weight[row] = 0.0
+    tick(trainer, 10)
+    assert trainer._health.ready() == (True, {"recovered": "ok", "published": "ok"})
+    assert sorted(checkpoints.iterdir()) != kept
+    healed = publisher.versions[before][0]
+    assert healed.kind == "delta" and healed.step > stalled_at > publisher.versions[before - 1][0].step
+    assert (
+        sum(Learned.unpack(m.learned).total for m, _ in publisher.versions) == publisher.versions[-1][0].targets_learned
+    )
+    require_same_table(publisher, trainer)
+    crash(trainer)
+
+
+def test_until_end_fails_where_its_version_is_withheld(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    config = msgspec.structs.replace(config, weights=Weights(max_row_norm=1e-9))
+    publisher = MemoryPublisher()
+    with pytest.raises(DataError, match=r"row \d+ of the table has a norm.*raise weights.max_row_norm"):
+        build(config, MemorySource(stream(1, 5)), publisher).run_until_end()
+    assert publisher.versions == []
+
+
+def test_a_trainer_that_has_grown_goes_on_after_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learner, "GROW_STEPS", 2)
+    logs = stream(1, 60, items=200)
+    publisher = MemoryPublisher()
+    config = settings(tmp_path)
+    config = msgspec.structs.replace(config, table=msgspec.structs.replace(config.table, slots=16, max_slots=256))
+    trainer = build(config, MemorySource(logs, 3), publisher)
+    trainer.start()
+    tick(trainer, 15)
+    assert len(trainer._learner.table.index) > 16
+    trainer._checkpoint()
+    tick(trainer, 5)
+    crash(trainer)
+    again = build(config, MemorySource(logs, 3), publisher)
+    again.start()
+    assert weights_of(again) == weights_of(trainer)
+    tick(again, 40)
+    slots = [m.model["table"]["slots"] for m, _ in publisher.versions]
+    assert slots == sorted(slots) and len(set(slots)) > 2
+    assert slots[-1] == len(again._learner.table.index)
+    for (before, _), (after, _) in itertools.pairwise(publisher.versions):
+        if before.model != after.model:
+            assert after.kind == "snapshot"
+    require_same_table(publisher, again)
+    crash(again)
+
+
+def test_what_became_of_ids_is_counted_by_reason(tmp_path: Path) -> None:
+    def count(reason: str) -> float:
+        return SLOTLESS.labels("items", reason)._value.get()
+
+    config = settings(tmp_path)
+    config = msgspec.structs.replace(config, table=msgspec.structs.replace(config.table, admit_min=2))
+    before = count("unadmitted")
+    trainer = build(config, MemorySource(stream(1, 9), 3))
+    trainer.start()
+    tick(trainer, 12)
+    assert count("unadmitted") == before + trainer._learner.table.stats().unadmitted > before
+    assert USED.labels("items", "item")._value.get() == trainer._learner.table.stats().used > 0
+    assert USED.labels("items", "user")._value.get() == 0
+    crash(trainer)
+
+
+def require_same_table(publisher: MemoryPublisher, trainer: Trainer) -> None:
+    """The versions since the newest snapshot add up to the trainer's table, and to the digest that the last names."""
+    begin = max(n for n, (m, _) in enumerate(publisher.versions) if m.kind == "snapshot")
+    mine, settings_ = trainer._learner.table, trainer._config.table
+    table = IdTable(settings_, mine.dim, seed=9, slots=publisher.versions[begin][0].model["table"]["slots"])
+    digest = StateDigest(len(table.weight))
+    for _, payload in publisher.versions[begin:]:
+        part = {name.removeprefix("table/"): t for name, t in payload.items() if name.startswith("table/")}
+        table.put_rows(part)
+        digest.replace(part["rows"].numpy(), row_hashes(part))
+    last = publisher.versions[-1][0]
+    assert digest.text == last.state_digest
+    rows = mine.snapshot_rows(last.watermark_ms)
+    assert np.array_equal(rows, table.snapshot_rows(last.watermark_ms))
+    assert all(torch.equal(column, table.rows(rows)[name]) for name, column in mine.rows(rows).items())

@@ -85,8 +85,9 @@ def test_snapshots_are_due_by_count_and_by_bytes() -> None:
         kinds.append(made.snapshot_due())
         rows = 500 if kinds[-1] else 1
         column = torch.arange(rows)
-        payload = {"table/rows": column, "table/keys": column, "table/last_ms": column}
-        made.publish("snapshot" if kinds[-1] else "delta", payload | {"table/weight": torch.zeros(rows, 4)}, facts())
+        payload = {"table/rows": column, "table/keys": column, "table/until_ms": column}
+        payload |= {"table/field": column.to(torch.uint8), "table/weight": torch.zeros(rows, 4, dtype=torch.bfloat16)}
+        made.publish("snapshot" if kinds[-1] else "delta", payload, facts())
     assert kinds == [True, False, False, False] * 2 + [True]
 
     made, _ = publisher(MemoryLog(), snapshot_every=1_000)
