@@ -120,7 +120,7 @@ def _find(key, wanted, words, keys, until_ms, buckets, oldest, GROUPS: tl.conste
 
 @triton.jit(do_not_specialize=["n", "buckets", "oldest"])
 def find(
-    wanted, slots, words, keys, until_ms, n: "i64", buckets: "i64", oldest: "i64",
+    wanted, slots, words, keys, until_ms, n: tl.int64, buckets: tl.int64, oldest: tl.int64,
     GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """slots[i] = the slot of wanted[i], or -1."""
@@ -130,7 +130,7 @@ def find(
 
 
 @triton.jit(do_not_specialize=["n"])
-def whiten(keys, white, n: "i64", BLOCK: tl.constexpr):
+def whiten(keys, white, n: tl.int64, BLOCK: tl.constexpr):
     """white[i] = fmix64(keys[i])."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     key = tl.load(keys + i, mask=i < n, other=0)
@@ -141,7 +141,7 @@ def whiten(keys, white, n: "i64", BLOCK: tl.constexpr):
 def touch(
     ordered, order, starts, times, fields, held, fates,
     words, keys, until_ms, score, field, pin, lives, softplus, counts,
-    n: "i64", buckets: "i64", watermark: "i64", batch: "i64", half_life_ms: "i64",
+    n: tl.int64, buckets: tl.int64, watermark: tl.int64, batch: tl.int64, half_life_ms: tl.int64,
     GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Look each key of a batch up once, and touch its slot.
@@ -208,7 +208,7 @@ def _room(bucket, until_ms, score, pin, watermark, pinned_from, GROUPS: tl.const
 def turn(
     waiting, new, bucket, choices,
     until_ms, score, pin,
-    n: "i64", buckets: "i64", watermark: "i64", pinned_from: "i64",
+    n: tl.int64, buckets: tl.int64, watermark: tl.int64, pinned_from: tl.int64,
     GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """To which bucket each waiting key turns, and which slots there are to be had, as bits.
@@ -232,9 +232,9 @@ def turn(
 
 @triton.jit(do_not_specialize=["n", "watermark", "batch", "half_life_ms"])
 def claim(
-    waiting, turns, bucket, starts, choices, new, newest, count, kind, taken, evicted, left,
+    waiting, turns, bucket, starts, choices, left, new, newest, count, kind, taken, evicted,
     tag, keys, until_ms, score, field, pin, lives, counts,
-    n: "i64", watermark: "i64", batch: "i64", half_life_ms: "i64",
+    n: tl.int64, watermark: tl.int64, batch: tl.int64, half_life_ms: tl.int64,
     GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Who turned to a bucket as its r-th key takes the r-th of the slots to be had there; left[turn] = 1: again.

@@ -5,8 +5,8 @@ Same calls, same keys in the same slots, same evictions in the same order, same 
 
 - A lookup is one kernel. A batch to map is sorted by time, then stably by key, so the last event of a run is a key's
   newest and the length of the run its count: no atomics. One kernel looks each key up once and touches its slot.
-- Keys without one go through the same rounds as in `index`: one kernel turns them to a bucket, a stable sort by bucket
-  ranks them, one kernel lets the r-th claim the r-th slot that is to be had.
+- Keys without one go through the rounds of `index`: one kernel turns them to a bucket, a stable sort by bucket ranks
+  them, one kernel lets the r-th claim the r-th slot that is to be had.
 - Integers all the way; logarithms of counts and of sums are tables that numpy made (`decay`), so no result depends on
   a maths library. Only `share` is floating point, and may differ in its last bit.
 
@@ -113,7 +113,8 @@ class TritonIndex:
         """The slot i64[n] of each key i64[n] at a watermark, -1 without one. Changes nothing, waits for nothing."""
         slots = torch.empty_like(keys)
         oldest = max(watermark_ms, EMPTY + 1)
-        _launch(index_kernels.find, len(keys), keys.contiguous(), slots, *self._searched(), (self.buckets, oldest), self)
+        columns = [keys.contiguous(), slots, *self._searched()]
+        self._launch(index_kernels.find, len(keys), columns, [self.buckets, oldest])
         return slots
 
     def live(self, watermark_ms: int, field: int | None = None) -> Tensor:
@@ -152,8 +153,8 @@ class TritonIndex:
     def map(self, keys: Tensor, times: Tensor, fields: Tensor | int, *, watermark_ms: int) -> Mapped:
         """Admit, touch and evict: keys i64[n], times i64[n] (event ms), fields u8[n], in any order, repeats allowed.
 
-        The watermark never moves back: a lower one counts as the highest so far. A key has one field: of two, the
-        field of its newest event counts. `DataError` for a new key of a field without a life.
+        The watermark never moves back: a lower one counts as the highest so far. A key has one field, whatever the
+        batch. `DataError` for a new key of a field without a life.
         """
         self.watermark = max(self.watermark, watermark_ms)
         self.batch += 1
@@ -203,41 +204,40 @@ class TritonIndex:
         if len(ordered) >= len(self._counts):
             self._counts = self._tensor(decay.counts(1 << len(ordered).bit_length()))
         held, fates = torch.empty_like(ordered), torch.empty_like(fields)
-        _launch(
-            index_kernels.touch, len(ordered),
-            ordered, order, starts, times.contiguous(), fields.contiguous(), held, fates,
-            *self._searched(), self.score, self.field, self.pin, self._lives, self._softplus, self._counts,
-            (self.buckets, self.watermark, self.batch, self._half_life_ms), self,
-        )  # fmt: skip
+        batch = [ordered, order, starts, times.contiguous(), fields.contiguous(), held, fates]
+        columns = [*self._searched(), self.score, self.field, self.pin, self._lives, self._softplus, self._counts]
+        scalars = [self.buckets, self.watermark, self.batch, self._half_life_ms]
+        self._launch(index_kernels.touch, len(ordered), batch + columns, scalars)
         return held, fates
 
     def _place(self, new: _New) -> tuple[Tensor, int]:
         """Slots i64[m], -1 where everything is pinned, and how many have one; they hold them from now on."""
         taken, evicted = torch.full_like(new.keys, -1), torch.zeros_like(new.kinds)
         waiting = torch.arange(len(new.keys), device=self.device)
-        while len(waiting):
+        wants = [new.keys, new.newest, new.counts, new.kinds, taken, evicted]
+        judged = [self.until_ms, self.score, self.pin]
+        written = [self.tag, self.keys, self.until_ms, self.score, self.field, self.pin, self._lives, self._counts]
+        while n := len(waiting):
             bucket = torch.empty_like(waiting, dtype=torch.int32)
             choices, left = torch.empty_like(waiting), torch.empty_like(waiting, dtype=torch.uint8)
-            _launch(
-                index_kernels.turn, len(waiting),
-                waiting, new.keys, bucket, choices, self.until_ms, self.score, self.pin,
-                (self.buckets, self.watermark, self.batch - self._pin_depth), self,
-            )  # fmt: skip
+            scalars = [self.buckets, self.watermark, self.batch - self._pin_depth]
+            self._launch(index_kernels.turn, n, [waiting, new.keys, bucket, choices, *judged], scalars)
             bucket, turns = torch.sort(bucket, stable=True)
-            starts = torch.searchsorted(bucket, bucket)
-            _launch(
-                index_kernels.claim, len(waiting),
-                waiting, turns, bucket, starts, choices, new.keys, new.newest, new.counts, new.kinds,
-                taken, evicted, left,
-                self.tag, self.keys, self.until_ms, self.score, self.field, self.pin, self._lives, self._counts,
-                (self.watermark, self.batch, self._half_life_ms), self,
-            )  # fmt: skip
+            ranked = [waiting, turns, bucket, torch.searchsorted(bucket, bucket), choices, left]
+            scalars = [self.watermark, self.batch, self._half_life_ms]
+            self._launch(index_kernels.claim, n, [*ranked, *wants, *written], scalars)
             waiting = waiting[_places(left)]
         placed, evictions = torch.stack([(taken >= 0).sum(), evicted.sum()]).tolist()
         self.tally.admissions += placed
         self.tally.evictions += evictions
         self.tally.unplaced += len(taken) - placed
         return taken, placed
+
+    def _launch(self, kernel: Any, n: int, columns: list[Tensor], scalars: list[int]) -> None:
+        """A lane for each of n."""
+        if n:
+            groups = self.width // GROUP
+            kernel[(triton.cdiv(n, BLOCK),)](*columns, n, *scalars, GROUPS=groups, BLOCK=BLOCK)
 
     def _searched(self) -> tuple[Tensor, Tensor, Tensor]:
         """What a lookup reads: the tags of eight slots as one word, the keys, their lives."""
@@ -252,10 +252,7 @@ class TritonIndex:
         """Make slots hold exactly this; their scores are those of one event at the end of their lives."""
         self.keys[slots], self.until_ms[slots], self.field[slots] = keys, until_ms, field
         self.tag[slots] = ((fmix64(keys) >> 56) & 0xFF).clamp_(min=1).to(torch.uint8)
-        times = until_ms.clamp(0, decay.LATEST_MS)
-        whole = times // self._half_life_ms
-        part = ((times % self._half_life_ms) << decay.FRACTION) // self._half_life_ms
-        self.score[slots] = (whole << decay.FRACTION) + part
+        self.score[slots] = at(until_ms, self._half_life_ms)
 
     def homes(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """The two buckets, i64[n] each, in which each key i64[n] may live."""
@@ -341,12 +338,10 @@ def fmix64(keys: Tensor) -> Tensor:
     return white
 
 
-def _launch(kernel: Any, n: int, *rest: Any) -> None:
-    """A lane for each of n; the last two of `rest` are the scalars after n, and the index."""
-    *columns, scalars, table = rest
-    if n:
-        groups = table.width // GROUP
-        kernel[(triton.cdiv(n, BLOCK),)](*columns, n, *scalars, GROUPS=groups, BLOCK=BLOCK)
+def at(times: Tensor, half_life_ms: int) -> Tensor:
+    """`decay.at` of i64[n]."""
+    t = times.clamp(0, decay.LATEST_MS)
+    return ((t // half_life_ms) << decay.FRACTION) + ((t % half_life_ms) << decay.FRACTION) // half_life_ms
 
 
 def _places(mask: Tensor) -> Tensor:
