@@ -231,6 +231,15 @@ def test_a_key_that_came_back_is_found_alike_at_a_lower_watermark() -> None:
     twins.find(ids, START + 200_000)
 
 
+def test_in_the_last_millisecond_of_its_life_a_key_is_evicted_and_after_it_expired() -> None:
+    for late, evictions in ((0, 1), (1, 0)):
+        twins, now = Twins(8, 8), START + LIVES[0] + late
+        twins.map(np.arange(0, 24, 3, dtype=np.uint64), np.full(8, START), START)
+        twins.map(np.array([30], np.uint64), np.array([now]), now)
+        twins.agree()
+        assert twins.numpy.tally.evictions == evictions
+
+
 def test_the_sketch_halves_and_saturates_alike() -> None:
     one, r = Sketch(16), np.random.default_rng(5)
     other, halved = TorchSketch(one, torch.device("cpu")), 0
