@@ -32,6 +32,13 @@ def times(count: I64) -> I64:
     return more
 
 
+def counts(most: int) -> I64:
+    """`times` of 0 to `most` events, i64[most + 1] (0 of none): a table for who has other logarithms than numpy's."""
+    table = np.zeros(most + 1, np.int64)
+    table[1:] = times(np.arange(1, most + 1))
+    return table
+
+
 def add(old: I64, seen: I64) -> I64:
     """The score of both together, i64[n]: log2(2^a + 2^b), symmetric."""
     gap = np.minimum(np.abs(old - seen) >> STEP, len(SOFTPLUS) - 1)
