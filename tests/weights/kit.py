@@ -1,7 +1,7 @@
 """A log in memory that can be damaged, and small versions to publish through it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from streamgr.config import Config, Kafka, Telemetry, Weights
 from streamgr.errors import BrokerUnreachable, RetentionPassed
 from streamgr.events import Record
 from streamgr.telemetry import Log
+from streamgr.weights.digest import StateDigest, row_hashes
 from streamgr.weights.manifest import Learned
 from streamgr.weights.payload import Payload
 from streamgr.weights.publisher import Facts, Publisher
@@ -85,6 +86,9 @@ class MemoryProducer:
         self._log = log
         self.fail_at: int | None = None  # the n-th send from now raises
 
+    def send_all(self, topic: str, records: Iterable[tuple[bytes, bytes]], *, partition: int) -> list[int]:
+        return [self.send_confirmed(topic, value, key=key, partition=partition) for key, value in records]
+
     def send_confirmed(self, topic: str, value: bytes | None, *, key: bytes | None = None, partition: int) -> int:
         assert partition == 0
         if self.fail_at is not None:
@@ -130,11 +134,14 @@ def facts(version: int = 0, model: dict | None = None) -> Facts:
 class World:
     """A trainer's table and network that change step by step, and what each version must look like."""
 
+    ROWS = 300
+
     def __init__(self, seed: int) -> None:
         self._random = np.random.default_rng(seed)
+        self.digest = StateDigest(self.ROWS)  # of what was published
         self.dense = {"w": torch.zeros(3, 2), "b": torch.zeros(2)}
         # Rows that never change, so that a snapshot outweighs some deltas.
-        self.table: dict[int, tuple[int, int, list[float]]] = {r: (r, 5, [0.0] * 4) for r in range(100, 300)}
+        self.table: dict[int, tuple[int, int, list[float]]] = {r: (r, 5, [0.0] * 4) for r in range(100, self.ROWS)}
 
     def step(self) -> Payload:
         """Change everything dense and some rows; the delta of it."""
@@ -142,10 +149,8 @@ class World:
             self.dense[name] = tensor + torch.from_numpy(self._random.normal(size=tuple(tensor.shape))).float()
         rows = sorted(self._random.choice(40, size=int(self._random.integers(0, 8)), replace=False).tolist())
         for row in rows:
-            key, weight = (
-                int(self._random.integers(1, 1 << 60)),
-                self._random.normal(size=4).astype(np.float32).tolist(),
-            )
+            key = int(self._random.integers(1, 1 << 60))
+            weight = torch.from_numpy(self._random.normal(size=4)).bfloat16().tolist()
             self.table[row] = (key, int(self._random.integers(0, 1 << 40)), weight)
         return self._payload(rows)
 
@@ -197,7 +202,12 @@ def publish(made: Publisher, world: World, model: dict | None = None) -> tuple[i
     delta = world.step()
     due = made.snapshot_due()
     snapshot, payload = (True, world.snapshot()) if due else (False, delta)
-    manifest = made.publish("snapshot" if snapshot else "delta", payload, facts(made._version + 1, model))
+    if snapshot:
+        world.digest.clear(world.ROWS)
+    part = {name.removeprefix("table/"): column for name, column in payload.items() if name.startswith("table/")}
+    world.digest.replace(part["rows"].numpy(), row_hashes(part))
+    known = replace(facts(made._version + 1, model), state_digest=world.digest.text)
+    manifest = made.publish("snapshot" if snapshot else "delta", payload, known)
     return manifest.version, world.state()
 
 

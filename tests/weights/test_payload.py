@@ -95,6 +95,15 @@ def _spec(name: str, **changes: object) -> dict[str, TensorSpec]:
     return SPECS | {name: TensorSpec(**fields)}  # type: ignore[arg-type]
 
 
+@given(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), st.integers(0, 299), st.booleans())
+def test_one_value_that_is_not_finite_is_seen_wherever_it_stands(kind: torch.dtype, at: int, nan: bool) -> None:
+    values = torch.arange(300.0).to(kind).reshape(30, 10)
+    check({"dense/w": values, "dense/none": values[:0]})
+    values.view(-1)[at] = float("nan") if nan else float("-inf")
+    with pytest.raises(Rejected, match="not finite"):
+        check({"dense/w": values})
+
+
 @pytest.mark.parametrize(
     ("specs", "reason"),
     [
