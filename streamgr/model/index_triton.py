@@ -10,8 +10,8 @@ Same calls, same keys in the same slots, same evictions in the same order, same 
 - Integers all the way; logarithms of counts and of sums are tables that numpy made (`decay`), so no result depends on
   a maths library. Only `share` is floating point, and may differ in its last bit.
 
-The host waits for the device where a size must be known: `map` twice (who has no slot; the counts), twice more and once
-a round where some have none, twice again with admission; `live` once, `draw` once a round. `find` and `put` never.
+The host waits for the device where a size must be known: `map` twice (who has no slot; what happened), once more and
+once a round where some have none, twice with admission; `live` once, `draw` once a round; `find` never.
 
 Everything is launched on the current device and stream.
 """
@@ -55,8 +55,8 @@ class _New:
     counts: Tensor
     kinds: Tensor
 
-    def where(self, mask: Tensor) -> "_New":
-        return _New(self.keys[mask], self.newest[mask], self.counts[mask], self.kinds[mask])
+    def only(self, at: Tensor) -> "_New":
+        return _New(self.keys[at], self.newest[at], self.counts[at], self.kinds[at])
 
 
 class TritonIndex:
@@ -112,9 +112,8 @@ class TritonIndex:
     def find(self, keys: Tensor, watermark_ms: int) -> Tensor:
         """The slot i64[n] of each key i64[n] at a watermark, -1 without one. Changes nothing, waits for nothing."""
         slots = torch.empty_like(keys)
-        oldest = max(watermark_ms, EMPTY + 1)
-        columns = [keys.contiguous(), slots, *self._searched()]
-        self._launch(index_kernels.find, len(keys), columns, [self.buckets, oldest])
+        scalars = [self.buckets, max(watermark_ms, EMPTY + 1)]
+        self._launch(index_kernels.find, len(keys), [keys.contiguous(), slots, *self._searched()], scalars)
         return slots
 
     def live(self, watermark_ms: int, field: int | None = None) -> Tensor:
@@ -172,7 +171,7 @@ class TritonIndex:
         last = _places(fates == index_kernels.WANTED.value)
 
         newest, stale, unknown = torch.stack([
-            times[by_time[-1]],
+            times.max(),
             (fates == index_kernels.STALE.value).sum(),
             (fates == index_kernels.UNKNOWN.value).sum(),
         ]).tolist()  # fmt: skip
@@ -187,9 +186,9 @@ class TritonIndex:
             new = _New(ordered[last] ^ SIGN, times[event], last - starts[last] + 1, fields[event])
             begin = starts[last]
             if self._sketch is not None:
-                often = self._sketch.count(new.keys, new.counts) >= self._admit_min
-                self.tally.unadmitted += len(begin) - int(often.sum())
-                new, begin = new.where(often), begin[often]
+                often = _places(self._sketch.count(new.keys, new.counts) >= self._admit_min)
+                self.tally.unadmitted += len(begin) - len(often)
+                new, begin = new.only(often), begin[often]
             taken, placed = self._place(new)
             held[begin] = taken
             fresh, by_slot = torch.sort(taken)

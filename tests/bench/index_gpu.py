@@ -6,8 +6,8 @@
             id is such that the new ones fill another quarter of the slots and then expire
 
 Goals on an H100: 0.5 G lookups/s and 100 M mapped ids/s, three times that hoped for. `find` is one kernel and waits for
-nothing. `map` waits for the device twice a batch (who has no slot; the counts), and twice more and once a round of
-placing where ids are new: so small batches are bound by launches and waiting, large ones by the two sorts.
+nothing. `map` waits for the device twice a batch (who has no slot; what happened), and once more and once a round of
+placing where ids are new: so small batches should be bound by launches and waiting, large ones by the two sorts.
 """
 
 import argparse
