@@ -89,7 +89,7 @@ class TritonIndex:
         self._lives = self._tensor(lives)
         self._softplus = self._tensor(decay.SOFTPLUS)
         self._counts = self._tensor(decay.counts(1 << 12))
-        self.watermark, self.total, self.batch = EMPTY, decay.NEVER, 0
+        self.watermark, self.total, self.batch = EMPTY + 1, decay.NEVER, 0
         self.tally = Tally()
         self._lay(slots)
 
@@ -152,8 +152,8 @@ class TritonIndex:
     def map(self, keys: Tensor, times: Tensor, fields: Tensor | int, *, watermark_ms: int) -> Mapped:
         """Admit, touch and evict: keys i64[n], times i64[n] (event ms), fields u8[n], in any order, repeats allowed.
 
-        The watermark never moves back: a lower one counts as the highest so far. A key has one field, whatever the
-        batch. `DataError` for a new key of a field without a life.
+        The watermark never moves back: a lower one counts as the highest so far. `DataError` for a new key of a field
+        without a life.
         """
         self.watermark = max(self.watermark, watermark_ms)
         self.batch += 1
@@ -161,12 +161,15 @@ class TritonIndex:
         nothing = keys.new_empty(0)
         if not len(keys):
             return Mapped(slots, nothing, nothing)
-        if isinstance(fields, int):
-            fields = torch.full_like(keys, fields, dtype=torch.uint8)
         by_time = torch.argsort(times)
         ordered, order = torch.sort(keys[by_time] ^ SIGN, stable=True)
         order = by_time[order]
         starts = torch.searchsorted(ordered, ordered)
+        if isinstance(fields, int):
+            fields = torch.full_like(keys, fields, dtype=torch.uint8)
+        else:  # a key that comes with several has the lowest
+            lowest = torch.full_like(fields, KINDS - 1).scatter_reduce_(0, starts, fields[order], "amin")
+            fields = torch.empty_like(fields).index_copy_(0, order, lowest[starts])
         held, fates = self._touch(ordered, order, starts, times, fields)
         last = _places(fates == index_kernels.WANTED.value)
 

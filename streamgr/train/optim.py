@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from streamgr import config
+from streamgr.errors import ConfigError
 
 INITIAL = 0.03
 FALLBACK_SHARE = 0.25
@@ -62,6 +63,13 @@ class RowOptimizer(ABC):
             self.state[name][after] = column[before]
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state`; `ConfigError` where it is another optimizer's."""
+        if state.keys() != self.state.keys():
+            raise ConfigError(
+                f"the checkpoint holds the rows' {', '.join(sorted(state))}, not {', '.join(sorted(self.state))}",
+                where="trainer.table_optimizer",
+                remedy="start with the optimizer it was written with, or remove the trainer's state to train anew",
+            )
         self.state = {name: state[name].clone() for name in self.state}
 
 

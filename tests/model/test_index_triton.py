@@ -78,8 +78,8 @@ class Twins:
         self.triton: TritonIndex = build(TritonIndex, device="cpu")
 
     def map(self, keys: U64, times: I64, watermark: int, *, field: int | None = None, seed: int = 0) -> I64:
-        """Fields go with the keys, or it is one for all."""
-        fields = (keys % np.uint64(len(LIVES))).astype(np.uint8)
+        """One field for all, or any with any: a key may come with several."""
+        fields = np.random.default_rng(seed).integers(0, len(LIVES), len(keys)).astype(np.uint8)
         one = self.numpy.map(keys, times, fields if field is None else field, watermark_ms=watermark)
         order = np.random.default_rng(seed).permutation(len(keys))
         other = self.triton.map(

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streamgr.config import Trainer
+from streamgr.errors import ConfigError
 from streamgr.train.optim import (
     BETAS,
     EPSILON,
@@ -183,6 +184,11 @@ def test_an_optimizer_goes_on_from_its_state(kind: str) -> None:
             half.step(other, rows, gradients(3, now), now)
     assert torch.equal(weight, other)
     assert all(torch.equal(column, half.state[name]) for name, column in whole.state.items())
+
+
+def test_the_state_of_another_optimizer_is_refused() -> None:
+    with pytest.raises(ConfigError, match="accumulator, touched, not mean, square, steps"):
+        build("adam").load_state(build("adagrad").state)
 
 
 def test_the_settings_name_the_optimizer() -> None:
