@@ -234,8 +234,8 @@ def test_a_key_that_came_back_is_found_alike_at_a_lower_watermark() -> None:
 def test_in_the_last_millisecond_of_its_life_a_key_is_evicted_and_after_it_expired() -> None:
     for late, evictions in ((0, 1), (1, 0)):
         twins, now = Twins(8, 8), START + LIVES[0] + late
-        twins.map(np.arange(0, 24, 3, dtype=np.uint64), np.full(8, START), START)
-        twins.map(np.array([30], np.uint64), np.array([now]), now)
+        twins.map(np.arange(0, 24, 3, dtype=np.uint64), np.full(8, START), START, field=0)
+        twins.map(np.array([30], np.uint64), np.array([now]), now, field=0)
         twins.agree()
         assert twins.numpy.tally.evictions == evictions
 
