@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -65,8 +66,7 @@ class TableStats:
 class IdTable:
     """The table and its weights; one owner, not thread safe. `weight` is f32[1 + F + slots, dim]."""
 
-    def __init__(self, settings: config.Table, dim: int, seed: int, *, slots: int = 0, pin_depth: int = 0) -> None:
-        """slots: how many, where it is not `settings.slots` (a table that has grown)."""
+    def __init__(self, settings: config.Table, dim: int, seed: int, *, pin_depth: int = 0) -> None:
         self.settings, self.dim = settings, dim
         self.first_slot = 1 + settings.fallback_rows
         life = milliseconds(settings.ttl_seconds)
@@ -76,7 +76,7 @@ class IdTable:
             milliseconds(settings.feature_ttl_seconds) or life,
         ]
         self.index = Index(
-            slots or settings.slots,
+            settings.slots,
             settings.bucket_width,
             lives_ms=lives,
             half_life_ms=min(max(milliseconds(settings.half_life_seconds) or life // 4, 1000), 1 << 42),
@@ -204,6 +204,11 @@ class IdTable:
         self.touch(rows)
 
     # --- growing, and checkpoints
+
+    @property
+    def geometry(self) -> config.Table:
+        """The settings of a table that begins as large as this one has grown."""
+        return msgspec.structs.replace(self.settings, slots=len(self.index))
 
     def crowded(self) -> bool:
         """Whether the table should grow, and may."""

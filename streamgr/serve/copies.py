@@ -29,12 +29,11 @@ from streamgr.weights.payload import Payload
 
 
 class Architecture(msgspec.Struct, frozen=True):
-    """`Manifest.model`: what the weights belong to. slots: of a table that has grown; 0: as `table` says."""
+    """`Manifest.model`: what the weights belong to; `table` is as large as the trainer's has grown."""
 
     model: Model
     table: Table
     actions: tuple[str, ...]
-    slots: int = 0
 
 
 class Copy:
@@ -45,7 +44,7 @@ class Copy:
 
     def __init__(self, architecture: Architecture) -> None:
         self.recommender = Recommender(architecture.model, architecture.actions, seed=0).eval().requires_grad_(False)
-        self.table = IdTable(architecture.table, architecture.model.dim, seed=0, slots=architecture.slots)
+        self.table = IdTable(architecture.table, architecture.model.dim, seed=0)
         self.inverse_norms = torch.zeros(len(self.table.weight))
         self.digest = StateDigest(len(self.table.weight))
         self.readers = 0

@@ -371,8 +371,7 @@ class Trainer:
 
     def _model(self) -> dict[str, Any]:
         """What a scorer must build: the table has as many slots as it has grown to."""
-        table: dict[str, Any] = self._architecture["table"]
-        return self._architecture | {"table": table | {"slots": len(self._learner.table.index)}}
+        return self._architecture | {"table": msgspec.to_builtins(self._learner.table.geometry)}
 
     def _news(self) -> bool:
         """Whether a version would tell more than the last one that was published."""

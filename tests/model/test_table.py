@@ -201,7 +201,7 @@ def test_deltas_make_a_follower_equal_and_a_snapshot_starts_one(seed: int, story
     for act in story:
         if act == "grow" and len(trainer.index) < 128:
             trainer.grow()
-            scorer = IdTable(trainer.settings, DIM, 7, slots=len(trainer.index))
+            scorer = IdTable(trainer.geometry, DIM, 7)
             follow(scorer, trainer.rows(trainer.snapshot_rows(world.now)))
             mark = trainer.mark()
         else:
@@ -210,7 +210,7 @@ def test_deltas_make_a_follower_equal_and_a_snapshot_starts_one(seed: int, story
             mark = trainer.mark()
             follow(scorer, trainer.rows(changed))
         equal(trainer, scorer, world.now)
-        late = IdTable(trainer.settings, DIM, 55, slots=len(trainer.index))
+        late = IdTable(trainer.geometry, DIM, 55)
         follow(late, trainer.rows(trainer.snapshot_rows(world.now)))
         equal(trainer, late, world.now)
 
@@ -224,7 +224,7 @@ def test_all_that_changed_when_a_table_grew_can_go_over_the_wire() -> None:
     world.table.grow()
     changed = world.table.changed_since(mark)
     assert changed.tolist() == list(range(1, len(world.table.weight)))
-    scorer = IdTable(world.table.settings, DIM, 7, slots=len(world.table.index))
+    scorer = IdTable(world.table.geometry, DIM, 7)
     follow(scorer, world.table.rows(changed))
     equal(world.table, scorer, world.now)
 

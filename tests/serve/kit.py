@@ -85,7 +85,7 @@ class Weights:
         self.version += 1
         model = {
             "model": msgspec.to_builtins(self.config.model),
-            "table": msgspec.to_builtins(self.config.table) | {"slots": len(self.table.index)},
+            "table": msgspec.to_builtins(self.table.geometry),
             "actions": list(ACTIONS),
         }
         facts: dict[str, Any] = {

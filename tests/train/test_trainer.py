@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from streamgr.clock import ManualClock
-from streamgr.config import Weights
+from streamgr.config import Table, Weights
 from streamgr.errors import ConfigError, DataError, TryAgain
 from streamgr.events import IMPRESSION
 from streamgr.model.table import WIRE, IdTable
@@ -385,8 +385,8 @@ def test_what_became_of_ids_is_counted_by_reason(tmp_path: Path) -> None:
 def require_same_table(publisher: MemoryPublisher, trainer: Trainer) -> None:
     """The versions since the newest snapshot add up to the trainer's table, and to the digest that the last names."""
     begin = max(n for n, (m, _) in enumerate(publisher.versions) if m.kind == "snapshot")
-    mine, settings_ = trainer._learner.table, trainer._config.table
-    table = IdTable(settings_, mine.dim, seed=9, slots=publisher.versions[begin][0].model["table"]["slots"])
+    mine = trainer._learner.table
+    table = IdTable(msgspec.convert(publisher.versions[begin][0].model["table"], Table), mine.dim, seed=9)
     digest = StateDigest(len(table.weight))
     for _, payload in publisher.versions[begin:]:
         part = {name.removeprefix("table/"): t for name, t in payload.items() if name.startswith("table/")}

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -94,7 +95,7 @@ class Reader:
         payload = payloads.decode(b"".join(chunks), manifest.tensors)
         part = {name.removeprefix("table/"): t for name, t in payload.items() if name.startswith("table/")}
         if manifest.kind == "snapshot":
-            self.table = IdTable(TABLE, DIM, seed=99, slots=manifest.model["slots"])
+            self.table = IdTable(msgspec.structs.replace(TABLE, slots=manifest.model["slots"]), DIM, seed=99)
             self.digest = StateDigest(len(self.table.weight))
         assert self.table is not None
         self.table.put_rows(part)
