@@ -12,11 +12,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import confluent_kafka
-import rocksdict
 from confluent_kafka import Producer
 
 from streamgr.config import Kafka
@@ -137,7 +137,7 @@ def machine() -> Json:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "python": platform.python_version(),
         "confluent_kafka": confluent_kafka.version(),
-        "rocksdict": getattr(rocksdict, "__version__", "?"),
+        "rocksdict": version("rocksdict"),
         "load_before": [round(x, 2) for x in os.getloadavg()],
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
     }
