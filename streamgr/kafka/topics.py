@@ -29,6 +29,7 @@ from streamgr.config import Kafka, shipped
 from streamgr.errors import ConfigError
 from streamgr.kafka.client import ADMIN_SECONDS, Admin, translate
 from streamgr.service import Stop
+from streamgr.telemetry import Log
 
 MOCK_CLUSTER = "mockCluster"  # how librdkafka's mock cluster names itself
 REFUSED = (KafkaError.INVALID_CONFIG, KafkaError.POLICY_VIOLATION, KafkaError.INVALID_REPLICATION_FACTOR)
@@ -155,15 +156,17 @@ def identity(
     topic: str,
     *,
     wait_seconds: float | None = ADMIN_SECONDS,
+    log: Log | None = None,
     stop: Stop | None = None,
     waiting: Callable[[], None] = lambda: None,
 ) -> Identity:
     """The topic's identity.
 
-    Waits for a broker that is away: for `wait_seconds`, None for ever, or until told to stop (`BrokerUnreachable`).
+    Waits for a broker that is away, and says so to `log`: for `wait_seconds`, None for ever, or until told to stop
+    (`BrokerUnreachable`).
     Raises `ConfigError` where the topic does not exist.
     """
-    admin = Admin(settings)
+    admin = Admin(settings, log=log)
 
     def found(seconds: float) -> ClusterMetadata:
         metadata = admin.client.list_topics(topic, timeout=seconds)

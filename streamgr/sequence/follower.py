@@ -58,7 +58,7 @@ class Follower:
         Raises `TryAgain` where another process holds one, `ConfigError` where one belongs to another log.
         """
         numbers = self._consumer.partitions(self._topic)
-        topic = identity(self._config.kafka, self._topic, wait_seconds=None, stop=self._stop)
+        topic = identity(self._config.kafka, self._topic, wait_seconds=None, log=self._log, stop=self._stop)
         for number in numbers:
             opened = self._opener.open(number, self._consumer, topic)
             partition = opened.partition

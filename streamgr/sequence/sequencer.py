@@ -125,7 +125,7 @@ class Sequencer:
     def _connect(self, group: str) -> tuple[Consumer, Producer]:
         kafka, log, stop, waiting = self._config.kafka, self._log, self._stop, self._health.turned
         self._identity = identity(  # waits for the broker; names a missing topic
-            kafka, self._events, wait_seconds=None, stop=stop, waiting=waiting
+            kafka, self._events, wait_seconds=None, log=log, stop=stop, waiting=waiting
         )
         consumer = Consumer(kafka, client_id=ROLE, group=group, log=log, stop=stop, waiting=waiting)
         return consumer, Producer(kafka, client_id=ROLE, log=log, stop=stop, waiting=waiting)
