@@ -130,7 +130,8 @@ def run(task: Task, size: Size) -> Json:
     started = time.perf_counter()
     for number, batch in enumerate(stream.batches):
         own = contestant.has_own(batch.targets.keys)
-        predictions, _ = contestant.learn(batch)
+        predictions, why_not = contestant.learn(batch)
+        assert not why_not, f"{task}: step {number} was skipped: {why_not}"
         course.add(number, batch, predictions, contestant.common, own)
         if course.due(number):
             course.sample(batch, contestant)
