@@ -113,14 +113,14 @@ def prepare(name: str, data: Path, *, seed: int, batch_tokens: int, limit: int =
         known = plan.sequence.actions
         actions = (*known, *(kind for kind in dataset.kinds if kind not in known))
         sequence = msgspec.structs.replace(plan.sequence, actions=actions)
-        sent = _Sent(limit)
-        published = publish(
+        sent = _Sent(limit if plan.path else 0)
+        publish(
             config.Config(sequence=sequence), dataset, sent, PARTITIONS, close=True, clock=SystemClock(), stop=Stop()
         )
         examples = list(sequenced(sent.records, sequence, Path(directory)))
     batches = [assemble(step, len(actions)) for step in steps(examples, batch_tokens)]
     vocabulary = np.unique(np.concatenate([batch.tokens.items for batch in batches]))
-    return Stream(name, min(published.events, limit or published.events), actions, batches, vocabulary, truth)
+    return Stream(name, sent.events, actions, batches, vocabulary, truth)
 
 
 def sequenced(records: list[Record], settings: config.Sequence, directory: Path) -> Iterator[Example]:
@@ -191,13 +191,15 @@ class _Sent:
 
     def __init__(self, limit: int) -> None:
         self.records: list[Record] = []
-        self._limit, self._events = limit, 0
+        self._limit, self.events = limit, 0
 
     def send(self, topic: str, value: bytes | None, *, key: bytes | None = None, partition: int | None = None) -> None:
-        self._events += key is not None
-        if not self._limit or self._events <= self._limit:
-            # appended in the far future: a log replayed is never "in the future" itself
-            self.records.append(Record(topic, 0, len(self.records), key, value, 1 << 45))
+        if key is not None:
+            if self._limit and self.events == self._limit:
+                return
+            self.events += 1
+        # appended in the far future: a log replayed is never "in the future" itself
+        self.records.append(Record(topic, 0, len(self.records), key, value, 1 << 45))
 
     def confirm(self, timeout: float | None = None) -> None:
         pass

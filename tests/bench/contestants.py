@@ -242,6 +242,6 @@ DEFAULTS: dict[str, Entry] = {
 }
 NEGATIVES: dict[str, Entry] = {
     f"{drawn} + {own} negatives": (IdTable, _roomy(negatives=drawn, batch_negatives=own))
-    for drawn, own in ((128, 0), (128, 64), (128, 128), (192, 0), (256, 0), (64, 64))
+    for drawn, own in ((128, 0), (128, 64), (128, 128), (64, 64), (192, 0), (256, 0), (512, 0), (1024, 0))
 }
 ENTRANTS = EQUAL_MEMORY | DEFAULTS | NEGATIVES

@@ -57,6 +57,7 @@ class Size(NamedTuple):
     batch_tokens: int
     shrink: int
     dim: int
+    negatives: int
 
 
 def main() -> None:
@@ -71,9 +72,10 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=0, help="tokens of a step; 0: as each stream's plan has it")
     parser.add_argument("--shrink", type=int, default=1, help="everybody has so many times fewer rows")
     parser.add_argument("--dim", type=int, default=32)
+    parser.add_argument("--negatives", type=int, default=config.Model().negatives, help="drawn evenly, a step")
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
     args = parser.parse_args()
-    size = Size(args.data, args.limit, args.seconds, args.batch_tokens, args.shrink, args.dim)
+    size = Size(args.data, args.limit, args.seconds, args.batch_tokens, args.shrink, args.dim, args.negatives)
     streams, names = args.streams.split(","), args.only.split(",") if args.only else STUDIES[args.study]
     found: Json = {"machine": machine() | {"torch": torch.__version__}, "study": args.study, **size._asdict()}
     del found["data"]
@@ -91,7 +93,10 @@ def main() -> None:
 
 
 def _title(args: argparse.Namespace) -> str:
-    parts = ["vocabulary"] + [args.study] * (args.study != "memory") + [f"shrink{args.shrink}"] * (args.shrink > 1)
+    parts = ["vocabulary", args.study] if args.study != "memory" else ["vocabulary"]
+    for name, plain in (("shrink", 1), ("negatives", config.Model().negatives), ("batch_tokens", 0)):
+        if (value := getattr(args, name)) != plain:
+            parts.append(f"{name}{value}")
     return "-".join(parts)
 
 
@@ -114,7 +119,7 @@ def run(task: Task, size: Size) -> Json:
             layers=1,
             scaling_seqlen=HISTORY,
             position_buckets=2 * HISTORY,
-            negatives=64,
+            negatives=size.negatives,
             retrieval_weight=plan.retrieval_weight,
         ),
         table=config.Table(slots=slots, fallback_rows=plan.fallback_rows // size.shrink, ttl_seconds=plan.ttl_seconds),
@@ -125,7 +130,8 @@ def run(task: Task, size: Size) -> Json:
     started = time.perf_counter()
     for number, batch in enumerate(stream.batches):
         own = contestant.has_own(batch.targets.keys)
-        predictions, _ = contestant.learn(batch)
+        predictions, why_not = contestant.learn(batch)
+        assert not why_not, f"{task}: step {number} was skipped: {why_not}"
         course.add(number, batch, predictions, contestant.common, own)
         if course.due(number):
             course.sample(batch, contestant)
