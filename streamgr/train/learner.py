@@ -129,7 +129,8 @@ class Learner:
         """Items that the batch's targets are told from: some drawn evenly from the live ones, some from the batch.
 
         An item then stands in the sample Q = drawn / live + taken * share times on average, where share is its part of
-        the recent past by the table's own count; log Q is what makes the sample stand for all live items.
+        the recent past by the table's own count; log Q is what makes the sample stand for all live items. Of an even
+        draw alone every Q is the same, and is left out.
         """
         settings, table = self._model_settings, self.table
         rng = np.random.default_rng((self._settings.seed, self.step))
