@@ -1,10 +1,10 @@
 """A delta of many rows from the trainer's table to answers: `make bench-delta`.
 
 A table of a million slots, three quarters full; each turn a hundred thousand random rows change, as a few seconds of
-heavy traffic would. What is measured, each turn anew, on one thread:
+heavy traffic would. What is measured, each turn anew:
 
-    cut         what the training loop waits for: which rows changed, and a copy of them and of the network
-    serialise   beside it: hashes, state digest, probe, payload bytes with their checksums
+    cut         what the training loop waits for: the rows changed since the copy ahead (a twentieth), and the network
+    serialise   in the thread beside it: both copies put together, guard, state digest, probe, payload, checksums
     verify      the scorer: chunk checksums, names, dtypes, shapes, finite values
     apply       onto the spare copy, digest and probe, the list of live items, the swap
     rollback    the undo ring, digest and probe, the swap
@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -28,21 +28,23 @@ import torch
 
 from streamgr.clock import SystemClock
 from streamgr.config import Config, Model, Table, Telemetry
-from streamgr.model import probe
-from streamgr.model.hashing import U64
 from streamgr.model.recommender import Recommender
-from streamgr.model.table import ITEM, IdTable
+from streamgr.model.table import IdTable
 from streamgr.serve.model import LiveWeights
 from streamgr.telemetry import Log
+from streamgr.train.guard import Guard
+from streamgr.train.prequential import Prequential
+from streamgr.train.versions import Published, Versions
 from streamgr.weights import payload as payloads
-from streamgr.weights.digest import StateDigest, row_hashes
-from streamgr.weights.manifest import Chunk, Kind, Manifest, Probe, model_digest
+from streamgr.weights.manifest import Chunk, Kind, Learned, Manifest, model_digest
 from streamgr.weights.payload import Payload
+from streamgr.weights.publisher import Facts, Publisher
 from streamgr.weights.subscriber import Rollback, Version
 from tests.bench.kit import Json, machine, report
 
 NOW = 1_700_000_000_000
 FULL = 0.75
+ACTIONS = Config().sequence.actions
 
 
 class Meter:
@@ -73,15 +75,71 @@ class Meter:
         }
 
 
-class Trainer:
-    """A table, a network, and the versions that a publisher would make of them."""
+class Kept:
+    """A publisher without a broker: it does what costs time and keeps what it would send."""
 
-    def __init__(self, config: Config, meter: Meter) -> None:
-        self.config, self.meter = config, meter
-        self.network = Recommender(config.model, config.sequence.actions, seed=1).eval().requires_grad_(False)
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.kind: Kind = "snapshot"  # of what is due
+        self.version = 0
+        self.chunks: list[bytes] = []
+
+    def snapshot_due(self) -> bool:
+        return self.kind == "snapshot"
+
+    def publish(self, kind: Kind, payload: Payload, facts: Facts) -> Manifest:
+        data, tensors = payloads.encode(payload)
+        self.chunks = payloads.split(data, self.config.weights.chunk_bytes)
+        chunks = [Chunk(i, len(chunk), sha256(chunk).hexdigest()) for i, chunk in enumerate(self.chunks)]
+        self.version += 1
+        return Manifest(
+            kind=kind,
+            epoch=0,
+            version=self.version,
+            parent=None if kind == "snapshot" else self.version - 1,
+            model=facts.model,
+            model_digest=model_digest(facts.model),
+            step=facts.step,
+            targets_learned=0,
+            horizon_ms=NOW,
+            watermark_ms=NOW,
+            positions={},
+            published_ms=NOW,
+            tensors=tensors,
+            chunks=chunks,
+            bytes=len(data),
+            state_digest=facts.state_digest,
+            probe=facts.probe,
+        )
+
+
+class Trainer:
+    """A table, a network, and the real way out of a trainer."""
+
+    def __init__(self, config: Config, log: Log, meter: Meter) -> None:
+        self.config, self.meter, self.kept = config, meter, Kept(config)
+        network = Recommender(config.model, config.sequence.actions, seed=1)
+        self.network = network.eval().requires_grad_(False)
         self.table = IdTable(config.table, config.model.dim, seed=1)
-        self.digest = StateDigest(len(self.table.weight))
-        self.version, self._random = 0, np.random.default_rng(1)
+        self.model = msgspec.to_builtins({"model": config.model, "table": config.table, "actions": ACTIONS})
+        self.prequential = Prequential(ACTIONS, 100, 100.0)
+        self.versions = Versions(
+            cast(Publisher, self.kept),
+            Guard(config.weights, log),
+            self.table,
+            Recommender(config.model, ACTIONS, seed=2),
+            compared_targets=100,
+            sync=lambda: None,
+            clock=SystemClock(),
+        )
+        publish = self.versions._publish
+
+        def metered(cut: Any) -> Any:
+            with meter(f"{cut.kind}_serialise"):
+                return publish(cut)
+
+        self.versions._publish = metered  # type: ignore[method-assign]
+        self._random = np.random.default_rng(1)
 
     def fill(self) -> None:
         keys = self._random.integers(0, 1 << 63, int(FULL * self.config.table.slots), dtype=np.uint64)
@@ -99,64 +157,31 @@ class Trainer:
         for parameter in self.network.parameters():
             parameter.mul_(1.0001)
 
-    def publish(self, kind: Kind, since: int) -> tuple[Manifest, list[bytes], int]:
+    def publish(self, kind: Kind, late_rows: int) -> tuple[Manifest, list[bytes]]:
+        self.kept.kind = kind
+        self.versions.copy_ahead(NOW)
+        while self.versions.ahead is None:
+            self.versions.ended(1.0)
+        self.change(late_rows)  # training has gone on
+        empty = np.zeros(0, np.int64)
+        facts = Facts(
+            model=self.model, step=self.kept.version + 1, targets_learned=0, horizon_ms=NOW, watermark_ms=NOW,
+            positions={}, learned=Learned(empty, empty, empty, 0), quality={},
+        )  # fmt: skip
         with self.meter(f"{kind}_cut"):
-            rows = self.table.snapshot_rows(NOW) if kind == "snapshot" else self.table.changed_since(since)
-            mark = self.table.mark()
-            part = self.table.rows(rows)
-            payload: Payload = {f"dense/{name}": t.clone() for name, t in self.network.state_dict().items()}
-            payload |= {f"table/{name}": column for name, column in part.items()}
-        keys = probe.pick(self._keys(), self.version)
-        with self.meter(f"{kind}_serialise"):
-            if kind == "snapshot":
-                self.digest.clear(len(self.table.weight))
-            self.digest.replace(rows, row_hashes(part))
-            vectors = self.table.vectors(self.table.lookup(keys, watermark_ms=NOW))
-            answers = probe.ask(self.network, vectors).tolist()
-            data, tensors = payloads.encode(payload)
-            chunks = payloads.split(data, self.config.weights.chunk_bytes)
-            sums = [sha256(chunk).hexdigest() for chunk in chunks]
-        self.version += 1
-        manifest = self._manifest(
-            kind=kind,
-            tensors=tensors,
-            chunks=[Chunk(i, len(chunk), s) for i, (chunk, s) in enumerate(zip(chunks, sums, strict=True))],
-            bytes=len(data),
-            state_digest=self.digest.text,
-            probe=Probe(keys.tolist(), answers),
-        )
-        return manifest, chunks, mark
-
-    def _keys(self) -> U64:
-        return self.table.live(NOW, ITEM)[1]
-
-    def _manifest(self, kind: Kind, **facts: Any) -> Manifest:
-        c = self.config
-        model = msgspec.to_builtins({"model": c.model, "table": c.table, "actions": c.sequence.actions})
-        return Manifest(
-            kind=kind,
-            epoch=0,
-            version=self.version,
-            parent=None if kind == "snapshot" else self.version - 1,
-            model=model,
-            model_digest=model_digest(model),
-            step=self.version,
-            targets_learned=0,
-            horizon_ms=NOW,
-            watermark_ms=NOW,
-            positions={},
-            published_ms=NOW,
-            **facts,
-        )
+            self.versions.cut(self.network.state_dict(), self.prequential, 0.0, facts)
+        while (done := self.versions.ended(1.0)) is None:
+            pass
+        assert isinstance(done, Published), done
+        return done.manifest, self.kept.chunks
 
 
 class Scorer:
     """Verifies and installs; the clock stops at the swap."""
 
-    def __init__(self, config: Config, meter: Meter) -> None:
-        clock = SystemClock()
+    def __init__(self, log: Log, meter: Meter) -> None:
         self.meter = meter
-        self.live = LiveWeights(config.sequence.actions, clock, Log("bench", Telemetry(log_level="error"), clock))
+        self.live = LiveWeights(ACTIONS, SystemClock(), log)
         swap = self.live._swap
 
         def noted(*args: Any) -> None:
@@ -190,14 +215,16 @@ def main() -> None:
     config = Config(model=Model(dim=args.dim), table=Table(slots=args.slots))
     found: Json = {"machine": machine(), **vars(args)}
     meter = Meter()
-    trainer, scorer = Trainer(config, meter), Scorer(config, meter)
+    log = Log("bench", Telemetry(log_level="error"), SystemClock())
+    trainer, scorer = Trainer(config, log, meter), Scorer(log, meter)
     trainer.fill()
-    snapshot, chunks, mark = trainer.publish("snapshot", 0)
+    late = args.rows // 20
+    snapshot, chunks = trainer.publish("snapshot", late)
     scorer.install("snapshot_apply", scorer.verify(snapshot, chunks))
     before = snapshot
     for _ in range(args.turns):
         trainer.change(args.rows)
-        delta, chunks, mark = trainer.publish("delta", mark)
+        delta, chunks = trainer.publish("delta", late)
         version = scorer.verify(delta, chunks)
         scorer.install("delta_apply", version)
         scorer.install("rollback", Rollback(before))
@@ -217,6 +244,7 @@ def main() -> None:
         "snapshot_rows": snapshot.tensors["table/rows"].shape[0],
         "undo_a_version": scorer.live._ring.bytes // len(scorer.live._ring._steps),
     }
+    trainer.versions.close()
     report("bench-delta", found)
 
 
