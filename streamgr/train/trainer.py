@@ -176,7 +176,8 @@ class Trainer:
         self._closing.callback(self._steps.close)
 
         self._publisher = self._connect_publisher()
-        self._version = self._publisher.claim(self._version).last_version
+        self._claim = self._publisher.claim(self._version)
+        self._version = self._claim.last_version
         source = self._given[0] or Consumer(
             config.kafka,
             client_id=config.group("trainer"),
@@ -248,6 +249,12 @@ class Trainer:
                 self._reader.poll(0.05)
                 self._health.turned()
             self._learn(formed, replay=True)
+        if self._learner.step < self._claim.last_step:
+            self._log.warning(
+                "steps_missing",
+                f"the last version was of step {self._claim.last_step}, our files end at {self._learner.step}: what "
+                "lies between is learned anew; remedy: none if the state was restored or removed on purpose",
+            )
         self._health.hold("recovered")
         self._log.info(
             "trainer_ready",
@@ -345,6 +352,7 @@ class Trainer:
         if (verdict := self._guard.inspect(every)) is not None:
             self._log.error("checkpoint_withheld", f"{verdict.what}; remedy: {verdict.remedy}", reason=verdict.reason)
             return
+        self._steps.sync()  # else the machine could lose steps that the checkpoint before this one needs
         tensors = self._learner.state()
         tensors |= {f"prequential/{name}": tensor for name, tensor in self._outcomes.prequential.state().items()}
         oldest = self._checkpoints.save(

@@ -124,7 +124,7 @@ def test_undamaged_it_is_the_newest(written: Path) -> None:
     assert recovered(written) == (NEWER, STEPS[NEWER:])
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(name=NAMES, damage=DAMAGES)
 def test_a_damaged_newest_checkpoint_costs_time_and_no_step(written: Path, name: str, damage: Damage) -> None:
     for state in damaged(written, f"checkpoints/{NEWER:012d}/{name}", damage):
@@ -149,7 +149,7 @@ def same_but_for_its_code(state: Path, written: Path) -> None:
     assert mine | {"code": ""} == theirs | {"code": ""}
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(damage=DAMAGES)
 @example(damage=lambda data: data[:-1] + b"x")
 @example(damage=lambda data: b"\n" + data)
