@@ -12,7 +12,7 @@ What makes it exactly once (decisions 3, 6 and 7), in the order of a life:
 5. The checkpoint moves what a restart must repeat; the step log is then cut to what the oldest checkpoint needs.
    Offsets committed to Kafka are for lag tools only and never read.
 
-`run_until_end` merges without regard to arrival and needs no step log: a crash repeats the same steps by itself.
+`run_until_end` merges without regard to arrival, so that all of it is a function of the topic.
 """
 
 from contextlib import ExitStack
@@ -126,7 +126,6 @@ class Trainer:
         formed = self._reader.form()
         self._busy = formed is not None
         if formed is not None:
-            self._steps.append(Step(self._learner.step + 1, self._reader.ends(formed)))
             self._learn(formed)
         self._follow_version()
         if self._versions.ahead is not None:
@@ -267,6 +266,8 @@ class Trainer:
     # -- the three verbs
 
     def _learn(self, formed: Formed, *, replay: bool = False) -> None:
+        if not replay:
+            self._steps.append(Step(self._learner.step + 1, self._reader.ends(formed)))
         partitions = [partition for partition, _ in formed.examples]
         batch = assemble([example for _, example in formed.examples], len(self._config.sequence.actions))
         started = self._clock.monotonic()

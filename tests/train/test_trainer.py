@@ -132,6 +132,25 @@ def test_until_end_is_a_function_of_the_topic(tmp_path: Path) -> None:
     assert weights_of(again) == weights_of(trainers[1])
 
 
+def test_a_damaged_checkpoint_costs_no_step_whichever_way_they_were_formed(tmp_path: Path) -> None:
+    logs, source = stream(1, 30), MemorySource(stream(1, 12), 3)
+    for _ in range(2):  # up to two ends, with a checkpoint at each
+        trainer = build(settings(tmp_path), source)
+        trainer.run_until_end()
+        source = MemorySource(stream(1, 20), 3)
+    trainer = build(settings(tmp_path), MemorySource(logs, 3))
+    trainer.start()
+    tick(trainer, 5)
+    crash(trainer)
+    newest = sorted((tmp_path / "trainer" / "checkpoints").iterdir())[-1]
+    (newest / "checkpoint.json").write_bytes(b"")
+    again = build(settings(tmp_path), MemorySource(logs, 3))
+    again.start()
+    assert again._learner.step == trainer._learner.step > int(newest.name)
+    assert weights_of(again) == weights_of(trainer)
+    crash(again)
+
+
 def test_repeated_examples_are_learned_once(tmp_path: Path) -> None:
     logs = stream(1, 10)
     twice = [[*logs[0][:8], *logs[0][2:], *logs[0]]]
