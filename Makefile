@@ -12,7 +12,7 @@ BENCH ?=
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format crash-test cluster-test fuzz fuzz-weights
+.PHONY: help install demo test check format crash-test crash-test-trainer cluster-test fuzz fuzz-weights
 .PHONY: bench-ingest bench-latency bench-restore bench-replay bench-table bench-delta bench-vocabulary clean
 
 help:  ## this list
@@ -45,6 +45,9 @@ format: $(VENV)/installed  ## put the code into its format
 
 crash-test: $(VENV)/installed  ## N random kills of sequencers and broker during a replay, then everything against the oracle
 	$(PY) -m tests.crash --kills $(N)
+
+crash-test-trainer: $(VENV)/installed  ## N kills of a trainer, at least one at each point of its life, then everything bit for bit
+	$(PY) -m tests.crash.ordeal --kills $(N)
 
 cluster-test: $(VENV)/installed  ## three brokers, killed and frozen one after the other (KAFKA_HOME)
 	STREAMGR_CLUSTER_TESTS=1 $(PY) -m pytest tests/cluster

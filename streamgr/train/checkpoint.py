@@ -1,10 +1,11 @@
 """Checkpoints: all that a later step depends on, whole or absent.
 
-One directory a checkpoint, named by its step: `tensors.safetensors` and `checkpoint.json`, whose digest covers the
-tensors. Written beside its name, fsynced, renamed, and the parent fsynced: a crash leaves a directory that begins with
-a dot and is removed at the next save. A second one of the same step (positions move while nothing is learned) is named
-`<step>.1` and so on, so nothing is removed before its successor is there. The two newest are kept. A newest one that is
-damaged is passed over with a warning, which costs time but no bits: the step log reaches back to the oldest one kept.
+One directory a checkpoint, named by its step: `tensors.safetensors` and `checkpoint.json`, which holds the facts and
+one digest over both: a changed byte is a damaged checkpoint, never another position or step. Written beside its name,
+fsynced, renamed, and the parent fsynced: a crash leaves a directory that begins with a dot and is removed at the next
+save. A second one of the same step (positions move while nothing is learned) is named `<step>.1` and so on, so nothing
+is removed before its successor is there. The two newest are kept. A newest one that is damaged is passed over with a
+warning, which costs time but no bits: the step log reaches back to the oldest one kept.
 """
 
 import fcntl
@@ -27,7 +28,7 @@ from streamgr.telemetry import DURATION_BUCKETS, Log, gauge, histogram
 from streamgr.train.lane import LaneState
 from streamgr.weights.manifest import model_differences
 
-FORMAT = 1
+FORMAT = 2  # 1 had no digest over the facts
 KEPT = 2
 NAME = re.compile(r"\d{12}(\.\d+)?")
 DURATION = histogram("train_checkpoint_duration_seconds", "From state to renamed directory.", (), DURATION_BUCKETS)
@@ -59,11 +60,12 @@ class Head(msgspec.Struct, frozen=True):
 class Envelope(Head, frozen=True):
     """The file `checkpoint.json`."""
 
-    sha256: str  # of tensors.safetensors
-    facts: Facts
+    sha256: str  # of tensors.safetensors and, after it, the facts as they stand here
+    facts: msgspec.Raw
 
 
-_decoder = msgspec.json.Decoder(Envelope)
+_head, _envelope, _facts = msgspec.json.Decoder(Head), msgspec.json.Decoder(Envelope), msgspec.json.Decoder(Facts)
+GARBAGE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # what reading some may raise
 
 
 class Checkpoints:
@@ -85,7 +87,8 @@ class Checkpoints:
             temporary.mkdir()
             data = save_tensors({name: tensor.contiguous() for name, tensor in tensors.items()})
             files.write(temporary / "tensors.safetensors", data)
-            envelope = Envelope(FORMAT, __version__, sha256(data).hexdigest(), facts)
+            body = msgspec.json.encode(facts)
+            envelope = Envelope(FORMAT, __version__, _digest(data, body), msgspec.Raw(body))
             files.write(temporary / "checkpoint.json", msgspec.json.encode(envelope))
             files.sync_directory(temporary)
             temporary.rename(final)
@@ -148,8 +151,8 @@ def _order(path: Path) -> tuple[int, int]:
 def _require_format(path: Path) -> None:
     """A checkpoint of another format is no damage to pass over: raise `DataError`."""
     try:
-        head = msgspec.json.decode((path / "checkpoint.json").read_bytes(), type=Head)
-    except (OSError, msgspec.DecodeError):
+        head = _head.decode((path / "checkpoint.json").read_bytes())
+    except (OSError, *GARBAGE):
         return  # damaged: `_read` says how
     if head.format != FORMAT:
         raise DataError(
@@ -162,13 +165,19 @@ def _require_format(path: Path) -> None:
 def _read(path: Path) -> tuple[Facts, dict[str, Tensor]]:
     remedy = "the one before it is used; remove the directory when you have seen why"
     try:
-        envelope = _decoder.decode((path / "checkpoint.json").read_bytes())
+        envelope = _envelope.decode((path / "checkpoint.json").read_bytes())
         data = (path / "tensors.safetensors").read_bytes()
-        if sha256(data).hexdigest() != envelope.sha256:
-            raise DataError("the tensors are not what was written", where=str(path), remedy=remedy)
-        return envelope.facts, load_tensors(data)
-    except (OSError, msgspec.DecodeError, SafetensorError) as error:
+        if _digest(data, envelope.facts) != envelope.sha256:
+            raise DataError("its tensors and facts are not what was written", where=str(path), remedy=remedy)
+        return _facts.decode(envelope.facts), load_tensors(data)
+    except (OSError, SafetensorError, *GARBAGE) as error:
         raise DataError(f"cannot be read: {error}", where=str(path), remedy=remedy) from None
+
+
+def _digest(tensors: bytes, facts: bytes | msgspec.Raw) -> str:
+    digest = sha256(tensors)
+    digest.update(facts)
+    return digest.hexdigest()
 
 
 def lock(directory: Path) -> TextIOWrapper:

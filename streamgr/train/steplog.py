@@ -7,11 +7,14 @@ bit on CPU. What was written but not yet synced may be lost with the machine: no
 
 The publishing thread syncs while the loop appends; only with a file being replaced must it not meet.
 
-A torn last line is what a crash leaves, and is cut off. Anything else that cannot be read is damage.
+A line begins with CRC-32 and length of its JSON: a position that has changed is a position as good as any other, and a
+line that was synced must be told from one that a crash has torn. A last line shorter than it says is torn, and cut off;
+anything else that is not as it was written is damage.
 """
 
 import os
 import threading
+import zlib
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,6 +33,8 @@ class Step(msgspec.Struct, frozen=True):
 
 
 _decoder = msgspec.json.Decoder(Step)
+HEAD = 18  # bytes before a line's JSON
+GARBAGE = (ValueError, msgspec.DecodeError, RecursionError)  # what reading some may raise
 
 
 class StepLog:
@@ -43,7 +48,7 @@ class StepLog:
 
     def append(self, step: Step) -> None:
         try:
-            self._file.write(msgspec.json.encode(step) + b"\n")
+            self._file.write(_line(step))
             self._file.flush()
         except OSError as error:
             raise _refused(self._path, error) from None
@@ -74,7 +79,7 @@ class StepLog:
         temporary = self._path.with_suffix(".tmp")
         with self._in_place:
             try:
-                files.write(temporary, b"".join(msgspec.json.encode(s) + b"\n" for s in self.steps))
+                files.write(temporary, b"".join(map(_line, self.steps)))
                 self._file.close()
                 temporary.replace(self._path)
             except OSError as error:
@@ -94,20 +99,45 @@ class StepLog:
             raise _refused(self._path, error) from None
 
     def _read(self) -> list[Step]:
-        if not self._path.exists():
-            return []
-        whole, _, torn = self._path.read_bytes().rpartition(b"\n")
-        if torn:
-            with self._path.open("r+b") as file:
-                file.truncate(len(whole) + 1 if whole else 0)
         try:
-            return [_decoder.decode(line) for line in whole.splitlines()]
-        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+            data = self._path.read_bytes()
+            end = data.rfind(b"\n") + 1
+            steps = [_step(line) for line in data[:end].split(b"\n")[:-1]]
+            if end < len(data):
+                _require_torn(data[end:])
+                os.truncate(self._path, end)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise _refused(self._path, error) from None
+        except GARBAGE as error:
             raise DataError(
-                f"not a step log: {error}",
+                f"not a step log, or damaged: {error}",
                 where=str(self._path),
-                remedy="restore the trainer's state directory from a backup, or remove it to start a new lineage",
+                remedy="restore the trainer's state directory from a backup, or remove it to start a new lineage; if "
+                "the machine lost its power, cut the file off behind its last good line: nothing else was published",
             ) from None
+        return steps
+
+
+def _line(step: Step) -> bytes:
+    body = msgspec.json.encode(step)
+    return b"%08x %08x %b\n" % (zlib.crc32(body), len(body), body)
+
+
+def _step(line: bytes) -> Step:
+    """What a line without its newline says; raises one of `GARBAGE`."""
+    head, body = line[:HEAD], line[HEAD:]
+    if head != b"%08x %08x " % (zlib.crc32(body), len(body)):
+        raise ValueError(f"{line[:60]!r} is not what was written")
+    return _decoder.decode(body)
+
+
+def _require_torn(tail: bytes) -> None:
+    """What follows the last newline: raises `ValueError` unless it is the beginning of a line."""
+    begins = set(tail[:HEAD]) <= set(b"0123456789abcdef ")
+    if not begins or len(tail) > HEAD + int(tail[9:17] or b"0", 16):
+        raise ValueError(f"{tail[:60]!r} is not the beginning of a step")
 
 
 def _refused(path: Path, error: OSError) -> StateNotWritable:

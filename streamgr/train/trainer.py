@@ -12,7 +12,7 @@ What makes it exactly once (decisions 3, 6 and 7), in the order of a life:
 5. The checkpoint moves what a restart must repeat; the step log is then cut to what the oldest checkpoint needs.
    Offsets committed to Kafka are for lag tools only and never read.
 
-`run_until_end` merges without regard to arrival and needs no step log: a crash repeats the same steps by itself.
+`run_until_end` merges without regard to arrival, so that all of it is a function of the topic.
 """
 
 from contextlib import ExitStack
@@ -126,7 +126,6 @@ class Trainer:
         formed = self._reader.form()
         self._busy = formed is not None
         if formed is not None:
-            self._steps.append(Step(self._learner.step + 1, self._reader.ends(formed)))
             self._learn(formed)
         self._follow_version()
         if self._versions.ahead is not None:
@@ -176,7 +175,8 @@ class Trainer:
         self._closing.callback(self._steps.close)
 
         self._publisher = self._connect_publisher()
-        self._version = self._publisher.claim(self._version).last_version
+        self._claim = self._publisher.claim(self._version)
+        self._version = self._claim.last_version
         source = self._given[0] or Consumer(
             config.kafka,
             client_id=config.group("trainer"),
@@ -248,6 +248,12 @@ class Trainer:
                 self._reader.poll(0.05)
                 self._health.turned()
             self._learn(formed, replay=True)
+        if self._learner.step < self._claim.last_step:
+            self._log.warning(
+                "steps_missing",
+                f"the last version was of step {self._claim.last_step}, our files end at {self._learner.step}: what "
+                "lies between is learned anew; remedy: none if the state was restored or removed on purpose",
+            )
         self._health.hold("recovered")
         self._log.info(
             "trainer_ready",
@@ -260,6 +266,8 @@ class Trainer:
     # -- the three verbs
 
     def _learn(self, formed: Formed, *, replay: bool = False) -> None:
+        if not replay:
+            self._steps.append(Step(self._learner.step + 1, self._reader.ends(formed)))
         partitions = [partition for partition, _ in formed.examples]
         batch = assemble([example for _, example in formed.examples], len(self._config.sequence.actions))
         started = self._clock.monotonic()
@@ -345,6 +353,7 @@ class Trainer:
         if (verdict := self._guard.inspect(every)) is not None:
             self._log.error("checkpoint_withheld", f"{verdict.what}; remedy: {verdict.remedy}", reason=verdict.reason)
             return
+        self._steps.sync()  # else the machine could lose steps that the checkpoint before this one needs
         tensors = self._learner.state()
         tensors |= {f"prequential/{name}": tensor for name, tensor in self._outcomes.prequential.state().items()}
         oldest = self._checkpoints.save(

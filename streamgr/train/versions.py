@@ -199,7 +199,7 @@ class Versions:
                 self._results.put(error)
 
     def _publish(self, cut: Cut) -> Published | Withheld:
-        part = _together(cut)
+        part = _together(cut, self._table.first_slot)
         entropy = cut.prequential.recent_entropy(self._compared_targets, CLASS_TARGETS)
         candidate = Candidate(cut.dense, part["rows"], part["weight"], cut.gradient_norm, entropy)
         quality = cut.prequential.export()
@@ -226,15 +226,22 @@ class Versions:
         return Published(cut, manifest)
 
 
-def _together(cut: Cut) -> Part:
-    """The rows of a cut: those copied ahead that have not changed since, then those copied late."""
+def _together(cut: Cut, first_slot: int) -> Part:
+    """The rows of a cut: those copied ahead that have not changed since, then those copied late.
+
+    What has expired since it was copied is no part of a snapshot: it is the same, however it came about.
+    """
     if cut.ahead is None:
         return cut.late
     part = cut.ahead.part
     changed = torch.zeros(cut.size, dtype=torch.bool)
     changed[cut.late["rows"]] = True
     kept = torch.nonzero(~changed[part["rows"]])[:, 0]
-    return {name: _joined(column, kept, cut.late[name]) for name, column in part.items()}
+    part = {name: _joined(column, kept, cut.late[name]) for name, column in part.items()}
+    held = (part["rows"] < first_slot) | (part["until_ms"] >= cut.facts.watermark_ms)
+    if cut.kind == "delta" or bool(held.all()):
+        return part
+    return {name: column[held] for name, column in part.items()}
 
 
 def _joined(column: Tensor, kept: Tensor, more: Tensor) -> Tensor:

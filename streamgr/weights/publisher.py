@@ -57,10 +57,13 @@ READ_SECONDS = 10.0  # for one attempt to read the manifests
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The right to publish: epoch (the claim's offset) and the highest version written before it (0: none)."""
+    """The right to publish: epoch (the claim's offset), the highest version written before it (0: none), and the step
+    that the last of them was of.
+    """
 
     epoch: int
     last_version: int
+    last_step: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +111,9 @@ class Publisher:
 
         Raises `TryAgain` where the manifests before the claim cannot be read.
         """
-        record = encode(ClaimRecord(self._clock.now_ms(), at_least))
-        epoch = self._producer.send_confirmed(self._manifests_topic, record, key=CLAIM_KEY, partition=0)
-        last = at_least
+        ours = encode(ClaimRecord(self._clock.now_ms(), at_least))
+        epoch = self._producer.send_confirmed(self._manifests_topic, ours, key=CLAIM_KEY, partition=0)
+        last, step = at_least, 0
 
         def before_claim(deadline: Deadline) -> list[Entry]:
             self._manifests.start(deadline.remaining())
@@ -118,11 +121,13 @@ class Publisher:
 
         for entry in self._patiently(before_claim):
             match entry.content:
-                case Manifest(version=version) | ClaimRecord(last_version=version):
-                    last = max(last, version)
+                case Manifest() as manifest:
+                    last, step = max(last, manifest.version), manifest.step
+                case ClaimRecord() as record:
+                    last = max(last, record.last_version)
                 case Rejected() as rejected:
                     self._log.warning("manifest_damaged", str(rejected), reason=rejected.reason)
-        self._claim, self._successor, self._version, self._parent = Claim(epoch, last), None, last, None
+        self._claim, self._successor, self._version, self._parent = Claim(epoch, last, step), None, last, None
         self._log.info("weights_claimed", epoch=epoch, last_version=last)
         return self._claim
 

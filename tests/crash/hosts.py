@@ -94,11 +94,13 @@ class Broker:
 class Host(System):
     """One host: a disk of its own, under a state directory. Everything that runs on it dies with this process."""
 
+    module = "tests.crash.worker"
+
     def __init__(self, bootstrap: str, prefix: str, directory: Path, worker: Sequence[str] = (), **keys: Any) -> None:
-        """worker: options of `tests.crash.worker` for all that runs here."""
+        """worker: options of the module for all that runs here."""
         directory.mkdir(parents=True, exist_ok=True)
         super().__init__(bootstrap, prefix, directory, telemetry__log_format="json", **keys)
-        self._command = [sys.executable, "-m", "tests.crash.worker", "--parent", str(os.getpid()), *worker]
+        self._command = [sys.executable, "-m", self.module, "--parent", str(os.getpid()), *worker]
 
     def launch(self, log: Path, *options: str, role: Sequence[str] = ("sequencer",)) -> "subprocess.Popen[bytes]":
         """A role in the background. From the main thread only: it dies with the thread that started it."""

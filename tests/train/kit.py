@@ -121,7 +121,8 @@ class MemoryPublisher:
     def claim(self, at_least: int = 0) -> Claim:
         self.claims.append(at_least)
         self._fresh = True
-        return Claim(len(self.claims), max([at_least, *(m.version for m, _ in self.versions)]))
+        last = self.versions[-1][0].step if self.versions else 0
+        return Claim(len(self.claims), max([at_least, *(m.version for m, _ in self.versions)]), last)
 
     def snapshot_due(self) -> bool:
         return self._fresh

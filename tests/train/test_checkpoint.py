@@ -127,7 +127,7 @@ def test_the_step_log_survives_a_torn_line_and_names_a_hole(tmp_path: Path) -> N
     log.sync()
     log.close()
     with path.open("ab") as file:
-        file.write(b'{"step": 6, "en')
+        file.write(path.read_bytes().splitlines()[-1][:-3])
     again = StepLog(path)
     assert again.after(2) == steps[2:]
     again.append(Step(6, {}))

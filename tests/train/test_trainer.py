@@ -1,5 +1,6 @@
 import itertools
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -14,11 +15,13 @@ from streamgr.errors import ConfigError, DataError, TryAgain
 from streamgr.events import IMPRESSION
 from streamgr.model.table import WIRE, IdTable
 from streamgr.sequence.examples import encode
+from streamgr.telemetry import Log
 from streamgr.train import learner
 from streamgr.train.batch import assemble
+from streamgr.train.checkpoint import Checkpoints
 from streamgr.train.learner import Learner
 from streamgr.train.meters import SLOTLESS, USED
-from streamgr.train.steplog import StepLog
+from streamgr.train.steplog import Step, StepLog
 from streamgr.train.trainer import Trainer
 from streamgr.weights.digest import StateDigest, row_hashes
 from streamgr.weights.manifest import Learned, Manifest
@@ -86,6 +89,33 @@ def test_a_killed_trainer_learns_the_same_steps_to_the_same_bits(tmp_path: Path)
     crash(resumed)
 
 
+def test_a_state_that_is_older_than_what_was_published_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr(Log, "warning", lambda _, event, message="", **__: warned.append(f"{event}: {message}"))
+    publisher = MemoryPublisher()
+    trainer = build(settings(tmp_path), MemorySource(stream(1, 20), 3), publisher)
+    trainer.start()
+    tick(trainer, 4)
+    trainer._checkpoint()
+    kept = trainer._learner.step
+    backup = shutil.copytree(tmp_path / "trainer", tmp_path / "backup")
+    tick(trainer, 8)
+    crash(trainer)
+    again = build(settings(tmp_path), MemorySource(stream(1, 20), 3), publisher)
+    again.start()
+    assert not warned
+    crash(again)
+    shutil.rmtree(tmp_path / "trainer")
+    backup.rename(tmp_path / "trainer")
+    restored = build(settings(tmp_path), MemorySource(stream(1, 20), 3), publisher)
+    restored.start()
+    published = publisher.versions[-2][0].step
+    assert 0 < kept < published
+    assert [w for w in warned if f"the last version was of step {published}, our files end at {kept}" in w] == warned
+    assert len(warned) == 1
+    crash(restored)
+
+
 def test_until_end_is_a_function_of_the_topic(tmp_path: Path) -> None:
     logs = stream(PARTITIONS, EXAMPLES, seed=3)
     trainers = []
@@ -100,6 +130,25 @@ def test_until_end_is_a_function_of_the_topic(tmp_path: Path) -> None:
     again.run_until_end()  # nothing is left to learn
     assert again._learner.step == trainers[1]._learner.step
     assert weights_of(again) == weights_of(trainers[1])
+
+
+def test_a_damaged_checkpoint_costs_no_step_whichever_way_they_were_formed(tmp_path: Path) -> None:
+    logs, source = stream(1, 30), MemorySource(stream(1, 12), 3)
+    for _ in range(2):  # up to two ends, with a checkpoint at each
+        trainer = build(settings(tmp_path), source)
+        trainer.run_until_end()
+        source = MemorySource(stream(1, 20), 3)
+    trainer = build(settings(tmp_path), MemorySource(logs, 3))
+    trainer.start()
+    tick(trainer, 5)
+    crash(trainer)
+    newest = sorted((tmp_path / "trainer" / "checkpoints").iterdir())[-1]
+    (newest / "checkpoint.json").write_bytes(b"")
+    again = build(settings(tmp_path), MemorySource(logs, 3))
+    again.start()
+    assert again._learner.step == trainer._learner.step > int(newest.name)
+    assert weights_of(again) == weights_of(trainer)
+    crash(again)
 
 
 def test_repeated_examples_are_learned_once(tmp_path: Path) -> None:
@@ -297,6 +346,22 @@ def test_the_step_log_is_synced_before_a_version_is_sent(tmp_path: Path, monkeyp
     tick(trainer, 12)
     assert order == ["sync", "publish"] * len(publisher.versions)
     assert len(publisher.versions) > 2
+    crash(trainer)
+
+
+def test_the_step_log_is_synced_before_a_checkpoint_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the machine may lose steps between two checkpoints, and the older one no longer leads to the newer."""
+    trainer = build(settings(tmp_path), MemorySource(stream(1, 20), 3))
+    trainer.start()
+    tick(trainer, 4)
+    trainer._checkpoint()
+    trainer._steps.append(Step(trainer._learner.step + 1, {}))  # no version has made it durable
+    order: list[str] = []
+    sync, save = StepLog.sync, Checkpoints.save
+    monkeypatch.setattr(StepLog, "sync", lambda log: (order.append("sync"), sync(log)))
+    monkeypatch.setattr(Checkpoints, "save", lambda *args: (order.append("save"), save(*args))[1])
+    trainer._checkpoint()
+    assert order == ["sync", "save"]
     crash(trainer)
 
 

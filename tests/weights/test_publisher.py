@@ -49,7 +49,7 @@ def test_a_second_trainer_goes_on_from_the_highest_version_and_ends_the_first() 
     assert [publish(first, world)[0] for _ in range(3)] == [1, 2, 3]
     second, _ = publisher(log)
     claim = second.claim()
-    assert (claim.epoch, claim.last_version) == (log.end[MANIFESTS] - 1, 3)
+    assert claim == Claim(epoch=log.end[MANIFESTS] - 1, last_version=3, last_step=3)
     held = log.end[WEIGHTS]
     with pytest.raises(TryAgain, match=f"claimed epoch {claim.epoch}"):
         publish(first, world)
