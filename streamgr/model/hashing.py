@@ -17,7 +17,6 @@ I64 = NDArray[np.int64]
 
 SECOND = np.uint64(0x9E3779B97F4A7C15)
 FALLBACK = np.uint64(0xD1B54A32D192ED03)
-MOST_BUCKETS = 1 << 24
 
 
 def fmix64(keys: U64) -> U64:
