@@ -8,14 +8,12 @@ it must not be exact, with `store-offsets` it must.
 """
 
 import argparse
-import json
 import os
-import shutil
 import sys
 import tempfile
 from pathlib import Path
 
-from tests.crash.hosts import Broker
+from tests.crash.hosts import Broker, tell
 from tests.crash.storm import KINDS, Plan, Storm, controlled
 from tests.crash.worker import CONTROLS
 
@@ -55,12 +53,7 @@ def main() -> int:
             result = storm.run()
         except AssertionError as error:
             result = {"exact": False, "seed": plan.seed, "kills": storm.tally.kills, "problems": [str(error)]}
-    print(json.dumps(result), flush=True)
-    if result["exact"] and not args.directory:
-        shutil.rmtree(directory, ignore_errors=True)
-    elif not result["exact"]:
-        print(f"everything is still in {directory}", file=sys.stderr)
-    return 0 if result["exact"] else 1
+    return tell(result, directory, keep=bool(args.directory))
 
 
 if __name__ == "__main__":

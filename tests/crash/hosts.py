@@ -201,3 +201,13 @@ class Worker:
 
     def last_words(self) -> str:
         return self.log.read_text()[-2_000:] if self.log.exists() else ""
+
+
+def tell(result: dict[str, Any], directory: Path, *, keep: bool) -> int:
+    """Print a verdict; the exit status, 0 if all was exact. What was not exact stays, as does what is to be kept."""
+    print(json.dumps(result), flush=True)
+    if not result["exact"]:
+        print(f"everything is still in {directory}", file=sys.stderr)
+    elif not keep:
+        shutil.rmtree(directory, ignore_errors=True)
+    return 0 if result["exact"] else 1

@@ -16,7 +16,6 @@ import itertools
 import json
 import os
 import random
-import shutil
 import signal
 import sys
 import tempfile
@@ -31,7 +30,7 @@ from typing import Any
 from streamgr.config import Config, load
 from tests.crash import reference
 from tests.crash.feed import Stream
-from tests.crash.hosts import CLOSING_MS, SETTINGS, Broker, Host
+from tests.crash.hosts import CLOSING_MS, SETTINGS, Broker, Host, tell
 from tests.crash.trainer_worker import BY_STEP, CONTROLS, POINTS
 from tests.streams import Row
 from tests.system import PARTITIONS
@@ -217,12 +216,7 @@ def main() -> int:
             result = ordeal.run()
         except AssertionError as error:
             result = {"exact": False, "seed": args.seed, "deaths": ordeal.deaths.total(), "problems": [str(error)]}
-    print(json.dumps(result), flush=True)
-    if result["exact"] and not args.directory:
-        shutil.rmtree(directory, ignore_errors=True)
-    elif not result["exact"]:
-        print(f"everything is still in {directory}", file=sys.stderr)
-    return 0 if result["exact"] else 1
+    return tell(result, directory, keep=bool(args.directory))
 
 
 if __name__ == "__main__":
