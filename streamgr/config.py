@@ -60,6 +60,7 @@ class Sequence(Section, frozen=True):
     close_step_seconds: Positive = 1.0
     commit_interval_seconds: Seconds = 0.2
     history_length: Annotated[int, Meta(ge=0, le=32_768)] = 256  # 0: an example holds its targets alone
+    auxiliary_length: Annotated[int, Meta(ge=0, le=4_096)] = 64  # changes of profiles and features in a window; 0: none
     keep_seconds: Seconds = 0.0  # events older than the watermark minus this leave the sequences; 0: never
     max_future_seconds: Seconds = 60.0
     max_step_seconds: Seconds = 0.0  # 0: the watermark may jump; replays of old logs: 86400
@@ -78,20 +79,30 @@ class Sequence(Section, frozen=True):
 
 
 class Model(Section, frozen=True):
+    preset: Literal["paper", "dlrm_v3"] = "paper"  # or "dlrm_v3": the two published layers (`model/hstu.py`)
+    tokens: Literal["interleaved", "summed"] = "interleaved"  # or "summed": an impression and its first action are one
+    user_token: bool = False  # each sequence begins with the user's own id
     dim: Count = 64
     layers: Count = 2
     heads: Count = 2
     scaling_seqlen: Count = 256  # the constant N of the paper's 1/N; stored with the weights
     position_buckets: Count = 512
     time_buckets: Count = 64
+    local_window: Natural = 0  # semi-local attention: so many tokens before it are seen by a token; 0: all
+    global_prefix: Natural = 0  # and so many at the head of its sequence
     negatives: Count = 512  # drawn evenly from the live items
     batch_negatives: Natural = 0  # and as many at most from the batch's own targets, corrected by log Q
     temperature: Positive = 0.05
+    ranking_weight: Rate = 1.0  # of the two tasks' losses; 0 leaves a task out
     retrieval_weight: Rate = 0.2
 
     def __post_init__(self) -> None:
         if self.dim % self.heads:
             raise ValueError(f"`dim` {self.dim} is not a multiple of `heads` {self.heads}")
+        if self.global_prefix and not self.local_window:
+            raise ValueError("`global_prefix` is what a token sees beside its `local_window`, which is 0: all")
+        if not self.ranking_weight and not self.retrieval_weight:
+            raise ValueError("`ranking_weight` and `retrieval_weight` are both 0: nothing to learn")
 
 
 class Table(Section, frozen=True):
@@ -118,6 +129,7 @@ class Trainer(Section, frozen=True):
     seed: Seed = 1
     threads: Natural = 1  # torch threads; more only where the trainer has cores to itself; 0: torch's own choice
     batch_tokens: Count = 4_096
+    stochastic_length: Annotated[float, Meta(gt=1, le=2)] = 2.0  # alpha: learn from about n^(alpha/2) of n; 2: from all
     publish_seconds: Seconds = 2.0
     checkpoint_seconds: Seconds = 60.0
     max_skew_seconds: Seconds = 60.0
@@ -154,6 +166,8 @@ class Scorer(Section, frozen=True):
     threads: Count = 1
     max_queue: Natural = 64
     score_sample: Share = 0.0  # share of answers written to <prefix>.scores
+    cache_bytes: Natural = 64 << 20  # keys and values of users' histories, between requests on one version; 0: none
+    cache_slack: Share = 0.25  # a cached history may grow so far beyond `history_length` before it is cut again
     undo_versions: Natural = 32  # so many versions, and so many bytes, can be taken back at once; others from the log
     undo_bytes: Natural = 256 << 20
 

@@ -110,8 +110,8 @@ class BadRecord:
 class History:
     """The window of one user's sequence that a model sees, as columns; sequence order, oldest first.
 
-    kinds u8[n] (IMPRESSION or an action; profiles are not in it), items u64[n] (`item_key`), times i64[n] (ms),
-    requests u64[n] (0 where absent).
+    kinds u8[n] (IMPRESSION, an action, or PROFILE: a feature takes this value from here on), items u64[n] (`item_key`;
+    of a PROFILE row `feature_key`), times i64[n] (ms), requests u64[n] (0 where absent).
     """
 
     kinds: NDArray[np.uint8]
@@ -122,11 +122,28 @@ class History:
     def __len__(self) -> int:
         return len(self.kinds)
 
+    def take(self, rows: "slice | NDArray[np.int64]") -> "History":
+        """Some of its rows, ascending."""
+        return History(self.kinds[rows], self.items[rows], self.times[rows], self.requests[rows])
+
 
 @lru_cache(maxsize=1 << 18)
 def item_key(text: str) -> int:
     """The 64-bit key that stands for an item id in sequences, examples and the ID table."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8, person=b"item").digest(), "little")
+
+
+@lru_cache(maxsize=1 << 16)
+def feature_key(name: str, value: str | int) -> int:
+    """The 64-bit key of a feature that has this value; an integer is its decimal text."""
+    text = f"{len(name)}:{name}={value}"  # the length keeps ("a=b", "c") apart from ("a", "b=c")
+    return int.from_bytes(blake2b(text.encode(), digest_size=8, person=b"feature").digest(), "little")
+
+
+@lru_cache(maxsize=1 << 16)
+def user_key(text: str) -> int:
+    """The 64-bit key that stands for a user id in the ID table."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8, person=b"user").digest(), "little")
 
 
 def request_key(text: str) -> int:

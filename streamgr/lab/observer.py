@@ -48,11 +48,11 @@ class FrozenModel:
 
     def answer(self, examples: list[Example]) -> dict[str, Answer]:
         """What these weights say of the examples' targets, by event id."""
-        batch = assemble(examples, len(self._served.actions))
+        batch = assemble(examples, self._recommender.layout)
         targets = batch.targets
         events = [event for example in examples for event in example.target_events]
         with torch.inference_mode():
-            vectors, _ = self._served.vectors(batch.tokens.items)
+            vectors, _ = self._served.vectors(batch.tokens.keys)
             hidden = self._recommender.transduce(batch.tokens, vectors)
             ranked, retrieved = targets.ranked, targets.retrieved
             p = torch.sigmoid(self._recommender.rank(hidden[torch.from_numpy(targets.token[ranked])])).tolist()

@@ -1,18 +1,28 @@
-"""The HSTU stack (arXiv 2402.17152, the research layer), `paper` preset.
+"""The HSTU stack (arXiv 2402.17152): both published layers, as presets of one.
 
-    u, v, q, k = split(SiLU(norm(x) @ uvqk))        no bias; norm: layer norm, eps 1e-6, nothing to learn in it
-    y = x + out(norm(attend(q, k, v / N)) * u)          `out` with bias; x itself is the residual
+    u, v, q, k = split(x_normed @ uvqk)
+    `paper` (research code):    SiLU on all four, norms without parameters, q . k + rab^{p,t} of the layer,
+                                y = x + out(norm(attended) * u)
+    `dlrm_v3` (production code): SiLU on u alone, affine norms, uvqk with bias, q . k / sqrt(d), no rab: position and
+                                time are added to the tokens,  y = x + out([u, attended, norm(attended) * u])
 
-No 1/sqrt(d), no softmax, no final norm. Each layer has its own position and time bias, shared by its heads. The time
-bias starts at 1 and the projection a little wider than the paper's N(0, .02): SiLU then weighs all of a history alike
-and positively, so a layer starts as its mean and not as noise of either sign, which a stream seen once has no time to
-unlearn (a minute of the demo's world, four seeds: normalized entropy .90 to .91 instead of .91 to .96). What
-`forward` does for a batch, `prefill` and `extend` do for one history and many candidates: the history's keys and
-values are computed once a layer, a candidate then sees all of them and, by a dot product, itself.
+attended = attend(q, k, v / N): no softmax, N a constant (`scaling_seqlen`) in both. `out` has a bias in `paper` only;
+x itself is the residual; norms are layer norms over all heads together, eps 1e-6; there is no final norm.
+
+Two things differ from that code. `dlrm_v3` counts positions back from the target and times back from the request, which
+changes every row with every request; here both look back from the token itself (how many tokens it sees, how long ago
+the last of them was), so one pass serves targets of many requests, and rows can be kept. And the time bias starts at 1
+and the `paper` projection a little wider than N(0, .02): SiLU then weighs all of a history alike and positively, so a
+layer starts as its mean and not as noise of either sign, which a stream seen once has no time to unlearn (a minute of
+the demo's world, four seeds: normalized entropy .90 to .91 instead of .91 to .96).
+
+What `forward` does for a batch, `extend` does for candidates after one history: the history's keys and values are
+computed once a layer, a candidate then sees all of them and, by a dot product, itself.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +30,43 @@ from torch.nn import functional as F
 
 from streamgr import config
 from streamgr.model import attention
+from streamgr.model.attention import Attend, time_bucket
 
 EPS = 1e-6
 INIT_STD = 0.02
 PROJECTION_STD = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """What tells the published layers apart."""
+
+    silu_on_all: bool
+    scaled: bool
+    affine: bool
+    relative_bias: bool
+    input_encoding: bool
+    concatenated: bool
+
+
+PRESETS = {
+    "paper": Preset(
+        silu_on_all=True,
+        scaled=False,
+        affine=False,
+        relative_bias=True,
+        input_encoding=False,
+        concatenated=False,
+    ),
+    "dlrm_v3": Preset(
+        silu_on_all=False,
+        scaled=True,
+        affine=True,
+        relative_bias=False,
+        input_encoding=True,
+        concatenated=True,
+    ),
+}
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -36,6 +79,24 @@ def normal(shape: Sequence[int], generator: torch.Generator, std: float = INIT_S
     return nn.Parameter(torch.empty(*shape).normal_(0, std, generator=generator))
 
 
+def uniform(shape: tuple[int, int], generator: torch.Generator, bound: float = 0.0) -> nn.Parameter:
+    """A parameter drawn from U(-bound, bound); 0: Xavier's bound."""
+    bound = bound or (6 / sum(shape)) ** 0.5
+    return nn.Parameter(torch.empty(*shape).uniform_(-bound, bound, generator=generator))
+
+
+class Norm(nn.Module):
+    """Layer norm, with parameters or without."""
+
+    def __init__(self, dim: int, affine: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, EPS)
+
+
 @dataclass(frozen=True, slots=True)
 class Seen:
     """What one layer keeps of a history: keys, and values divided by N, f32[n, H, d]."""
@@ -45,56 +106,94 @@ class Seen:
 
 
 class Layer(nn.Module):
-    """One HSTU layer over D channels."""
+    """One HSTU layer over D channels; `attend` is one of the twins of `attention`."""
 
-    def __init__(self, settings: config.Model, generator: torch.Generator) -> None:
+    def __init__(self, settings: config.Model, generator: torch.Generator, attend: Attend) -> None:
         super().__init__()
-        self.heads, self.scale = settings.heads, settings.scaling_seqlen
-        self.times = settings.time_buckets
-        self.uvqk = normal((settings.dim, 4 * settings.dim), generator, PROJECTION_STD)
-        self.position_bias = normal((settings.position_buckets,), generator)
-        self.time_bias = nn.Parameter(normal((settings.time_buckets,), generator).detach() + 1)
-        bound = (3 / settings.dim) ** 0.5  # Xavier, uniform
-        self.out = nn.Parameter(torch.empty(settings.dim, settings.dim).uniform_(-bound, bound, generator=generator))
-        self.out_bias = nn.Parameter(torch.zeros(settings.dim))
+        self.preset = preset = PRESETS[settings.preset]
+        self.heads, self.scale, dim = settings.heads, settings.scaling_seqlen, settings.dim
+        self.attend = attend
+        self.norm, self.attended_norm = Norm(dim, preset.affine), Norm(dim, preset.affine)
+        if preset.silu_on_all:
+            self.uvqk = normal((dim, 4 * dim), generator, PROJECTION_STD)
+        else:
+            self.uvqk = uniform((dim, 4 * dim), generator)
+        self.uvqk_bias = nn.Parameter(torch.zeros(4 * dim)) if preset.affine else None
+        self.position_bias = self.time_bias = None
+        if preset.relative_bias:
+            self.position_bias = normal((settings.position_buckets,), generator)
+            self.time_bias = nn.Parameter(normal((settings.time_buckets,), generator).detach() + 1)
+        self.out = uniform(((3 if preset.concatenated else 1) * dim, dim), generator)
+        self.out_bias = None if preset.concatenated else nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: Tensor, plan: attention.Plan) -> tuple[Tensor, Seen]:
-        """f32[T, D] -> f32[T, D], and the layer's keys and values."""
+    def forward(self, x: Tensor, plan: Any) -> tuple[Tensor, Seen]:
+        """f32[T, D] -> f32[T, D], and the layer's keys and values. plan: of `attend`."""
         u, v, q, k = self._project(x)
-        attended = attention.attend(q, k, v, self._bias(), plan)
+        attended = self.attend(q, k, v, self.position_bias, self.time_bias, plan)
         return self._finish(x, u, attended), Seen(k, v)
 
-    def extend(self, x: Tensor, seen: Seen, bias: Tensor) -> Tensor:
-        """Candidates f32[c, D] after a history; bias i64[n]: the row of the bias table of each history token."""
+    def extend(self, x: Tensor, seen: Seen, position: Tensor, time: Tensor) -> Tensor:
+        """Candidates f32[c, D] after a history; position, time i64[n]: the buckets of each history token, as seen by
+        them (an empty one where a token is not seen is the caller's matter)."""
         u, v, q, k = self._project(x)
-        table = self._bias()
-        scores = torch.einsum("chd,nhd->hcn", q, seen.keys) + table[bias]
-        attended = torch.einsum("hcn,nhd->chd", F.silu(scores), seen.values)
-        own = F.silu((q * k).sum(-1) + table[0])
-        return self._finish(x, u, attended + own[:, :, None] * v)
+        scores = torch.einsum("chd,nhd->hcn", q, seen.keys)
+        own = (q * k).sum(-1)
+        if self.position_bias is not None and self.time_bias is not None:
+            scores = scores + (self.position_bias[position] + self.time_bias[time])
+            own = own + (self.position_bias[0] + self.time_bias[0])
+        attended = torch.einsum("hcn,nhd->chd", F.silu(scores), seen.values) + F.silu(own)[:, :, None] * v
+        return self._finish(x, u, attended)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        parts = F.silu(normalize(x) @ self.uvqk).view(len(x), 4, self.heads, x.shape[1] // self.heads)
-        u, v, q, k = parts.unbind(1)
+        """u f32[T, D], v / N, q, k f32[T, H, d]"""
+        parts = self.norm(x) @ self.uvqk
+        if self.uvqk_bias is not None:
+            parts = parts + self.uvqk_bias
+        if self.preset.silu_on_all:
+            parts = F.silu(parts)
+        u, v, q, k = parts.view(len(x), 4, self.heads, x.shape[1] // self.heads).unbind(1)
+        if not self.preset.silu_on_all:
+            u = F.silu(u)
+        if self.preset.scaled:
+            q = q * q.shape[-1] ** -0.5
         return u.reshape(x.shape), v / self.scale, q.contiguous(), k.contiguous()
 
     def _finish(self, x: Tensor, u: Tensor, attended: Tensor) -> Tensor:
-        return torch.addmm(x + self.out_bias, normalize(attended.reshape(x.shape)) * u, self.out)
+        attended = attended.reshape(x.shape)
+        gated = self.attended_norm(attended) * u
+        if self.preset.concatenated:
+            return torch.addmm(x, torch.cat([u, attended, gated], 1), self.out)
+        assert self.out_bias is not None
+        return torch.addmm(x + self.out_bias, gated, self.out)
 
-    def _bias(self) -> Tensor:
-        return attention.bias_table(self.position_bias, self.time_bias)
+
+class Encoding(nn.Module):
+    """What `dlrm_v3` adds to the tokens: where they stand, and how long after what they see."""
+
+    def __init__(self, settings: config.Model, generator: torch.Generator) -> None:
+        super().__init__()
+        self.times = settings.time_buckets
+        self.position = uniform((settings.position_buckets, settings.dim), generator, settings.position_buckets**-0.5)
+        self.time = uniform((settings.time_buckets, settings.dim), generator, settings.time_buckets**-0.5)
+
+    def forward(self, visible: Tensor, waited: Tensor) -> Tensor:
+        """visible i64[T]: how many tokens it sees; waited i64[T], ms: since the last of them -> f32[T, D]."""
+        place = visible.clamp(max=len(self.position) - 1)
+        bucket = time_bucket(waited, self.times).long()
+        return self.position.index_select(0, place) + self.time.index_select(0, bucket)
 
 
 class Stack(nn.Module):
     """The layers, one after another."""
 
-    def __init__(self, settings: config.Model, generator: torch.Generator) -> None:
+    def __init__(self, settings: config.Model, generator: torch.Generator, attend: Attend) -> None:
         super().__init__()
-        self.positions, self.times = settings.position_buckets, settings.time_buckets
-        self.layers = nn.ModuleList(Layer(settings, generator) for _ in range(settings.layers))
+        self.shape = attention.Shape.of(settings)
+        self.encoded = PRESETS[settings.preset].input_encoding
+        self.layers = nn.ModuleList(Layer(settings, generator, attend) for _ in range(settings.layers))
 
-    def forward(self, x: Tensor, plan: attention.Plan) -> tuple[Tensor, list[Seen]]:
-        """f32[T, D] -> f32[T, D], and what each layer keeps."""
+    def forward(self, x: Tensor, plan: Any) -> tuple[Tensor, list[Seen]]:
+        """f32[T, D] -> f32[T, D], and what each layer keeps. plan: of `attend`."""
         kept = []
         for layer in self.layers:
             x, seen = layer(x, plan)
@@ -103,10 +202,15 @@ class Stack(nn.Module):
 
     def extend(self, x: Tensor, kept: Sequence[Seen], elapsed: Tensor) -> Tensor:
         """Candidates f32[c, D] after a history whose tokens lie `elapsed` i64[n] ms back; blind to each other."""
-        n = len(elapsed)
-        distance = torch.arange(n, 0, -1).clamp_(max=self.positions - 1)
-        bias = distance * self.times + attention.time_bucket(elapsed, self.times)
+        n, shape = len(elapsed), self.shape
+        distance = torch.arange(n, 0, -1)
+        if shape.local_window:
+            near = ((distance <= shape.local_window) | (torch.arange(n) < shape.global_prefix)).nonzero().squeeze(1)
+            kept = [Seen(seen.keys[near], seen.values[near]) for seen in kept]
+            distance, elapsed = distance[near], elapsed[near]
+        position = distance.clamp_(max=shape.positions - 1)
+        time = time_bucket(elapsed, shape.times).long()
         for layer, seen in zip(self.layers, kept, strict=True):
             assert isinstance(layer, Layer)
-            x = layer.extend(x, seen, bias)
+            x = layer.extend(x, seen, position, time)
         return x

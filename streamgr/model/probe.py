@@ -34,4 +34,5 @@ def ask(recommender: Recommender, vectors: Tensor) -> Tensor:
     kinds[1::2] = FIRST_ACTION + np.arange(HISTORY // 2) % len(recommender.actions)
     times = np.arange(1, HISTORY + 1, dtype=np.int64) * GAP_MS
     history = History(kinds, np.zeros(HISTORY, np.uint64), times, np.zeros(HISTORY, np.uint64))
-    return recommender.score(history, int(times[-1]) + GAP_MS, vectors[:HISTORY], vectors[HISTORY:])
+    tokens = recommender.tokens(history, at := int(times[-1]) + GAP_MS, user=0)
+    return recommender.score(tokens, at, vectors[torch.arange(len(tokens)) % HISTORY], vectors[HISTORY:])

@@ -29,11 +29,13 @@ from streamgr.weights.payload import Payload
 
 
 class Architecture(msgspec.Struct, frozen=True):
-    """`Manifest.model`: what the weights belong to; `table` is as large as the trainer's has grown."""
+    """`Manifest.model`: what the weights belong to; `table` is as large as the trainer's has grown. window_ms: the
+    attribution window, which summed tokens depend on."""
 
     model: Model
     table: Table
     actions: tuple[str, ...]
+    window_ms: int
 
 
 class Copy:
@@ -43,7 +45,8 @@ class Copy:
     """
 
     def __init__(self, architecture: Architecture) -> None:
-        self.recommender = Recommender(architecture.model, architecture.actions, seed=0).eval().requires_grad_(False)
+        a = architecture
+        self.recommender = Recommender(a.model, a.actions, 0, a.window_ms).eval().requires_grad_(False)
         self.table = IdTable(architecture.table, architecture.model.dim, seed=0)
         self.inverse_norms = torch.zeros(len(self.table.weight))
         self.digest = StateDigest(len(self.table.weight))

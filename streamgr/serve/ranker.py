@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from streamgr.clock import Clock
 from streamgr.config import Config
 from streamgr.errors import ConfigError
-from streamgr.events import History
+from streamgr.events import History, user_key
 from streamgr.serve import wire
 from streamgr.serve.model import LiveWeights, Served, item_keys
 from streamgr.serve.retrieval import best_first, similarities
@@ -58,10 +58,11 @@ class Ranker:
         texts = list(dict.fromkeys(map(str, ask.candidates)))
         history = self._sequences.history(str(ask.user_id), at, self._history_length)
         with self._weights.lease() as served, torch.inference_mode():
-            keys = np.concatenate([history.items, item_keys(texts)])
-            vectors, unknown = served.vectors(keys)
-            n = len(history)
-            logits = served.copy.recommender.score(history, at, vectors[:n], vectors[n:])
+            recommender = served.copy.recommender
+            tokens = recommender.tokens(history, at, user_key(str(ask.user_id)))
+            vectors, unknown = served.vectors(np.concatenate([tokens.keys, item_keys(texts)]))
+            n = len(tokens)
+            logits = recommender.score(tokens, at, vectors[:n], vectors[n:])
             probabilities = torch.sigmoid(logits.double()).numpy()[:, [self._actions.index(task) for task in tasks]]
         CANDIDATES.inc(len(texts))
         UNKNOWN.inc(int(unknown[n:].sum()))
@@ -71,7 +72,7 @@ class Ranker:
             wire.Item(texts[i], float(scores[i]), dict(zip(tasks, probabilities[i].tolist(), strict=True)))
             for i in order
         ]
-        return self._answer(items, served, n)
+        return self._answer(items, served, len(history))
 
     def retrieve(self, ask: wire.RetrieveRequest) -> wire.Answer:
         """The best of all live items. Raises `InvalidRequest` and `NoWeights`."""
@@ -82,8 +83,10 @@ class Ranker:
         seen = self._sequences.history(str(ask.user_id), at, limit)
         history = _latest(seen, self._history_length)
         with self._weights.lease() as served, torch.inference_mode():
-            vectors, _ = served.vectors(history.items)
-            query = served.copy.recommender.retrieval_query(history, at, vectors)
+            recommender = served.copy.recommender
+            tokens = recommender.tokens(history, at, user_key(str(ask.user_id)))
+            vectors, _ = served.vectors(tokens.keys)
+            query = recommender.retrieval_query(tokens, vectors)
             scores = similarities(query, served.copy.table.weight, served.copy.inverse_norms, served.rows)
             keys = served.keys
         if exclude_seen:
@@ -136,4 +139,4 @@ def _task_weights(config: Config) -> dict[str, float]:
 
 
 def _latest(history: History, limit: int) -> History:
-    return History(history.kinds[-limit:], history.items[-limit:], history.times[-limit:], history.requests[-limit:])
+    return history.take(slice(max(0, len(history) - limit), None))

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from streamgr.events import FIRST_ACTION, IMPRESSION
-from streamgr.model.tokens import Tokens, request_times, tokenize
+from streamgr.events import IMPRESSION, user_key
+from streamgr.model.tokens import Layout, Tokens, tokenize
 from streamgr.sequence.examples import Example
 
 Ints = NDArray[np.int64]
@@ -64,27 +64,27 @@ class Batch:
     watermark_ms: int
 
 
-def assemble(examples: Sequence[Example], actions: int) -> Batch:
-    """The batch of these examples, in their order; `actions` = K, the number of action kinds."""
-    tokens = tokenize([example.history for example in examples])
-    starts = tokens.offsets[:-1]
-    queries = [_queries(example) for example in examples]
+def assemble(examples: Sequence[Example], layout: Layout) -> Batch:
+    """The batch of these examples, in their order."""
     local = [example.target_index for example in examples]
+    tokens = tokenize(
+        [example.history for example in examples],
+        layout,
+        targets=local,
+        users=[user_key(example.user) for example in examples] if layout.user_token else None,
+    )
     counts = [len(index) for index in local]
-    shift = np.repeat(starts, counts)
-    token = _join(local, np.int64) + shift
-    query = _join(queries, np.int64)
-    kind = tokens.kinds[token].astype(np.uint8)
+    kind = _join([example.history.kinds[index] for example, index in zip(examples, local, strict=True)], np.uint8)
     bits = _join([example.target_labels for example in examples], np.uint32)
     return Batch(
         examples,
         tokens,
         Targets(
-            token=token,
+            token=tokens.targets,
             kind=kind,
-            keys=tokens.items[token],
-            labels=((bits[:, None] >> np.arange(actions, dtype=np.uint32)) & 1).astype(np.bool_),
-            query=np.where(query < 0, -1, query + shift),
+            keys=_join([e.history.items[index] for e, index in zip(examples, local, strict=True)], np.uint64),
+            labels=((bits[:, None] >> np.arange(layout.actions, dtype=np.uint32)) & 1).astype(np.bool_),
+            query=tokens.queries,
             positive=(kind != IMPRESSION) | (bits != 0),
             append_ms=_join([example.target_append_ms for example in examples], np.int64),
             closed_ms=np.repeat(np.array([example.append_ms for example in examples], np.int64), counts),
@@ -92,17 +92,6 @@ def assemble(examples: Sequence[Example], actions: int) -> Batch:
         ),
         max(example.watermark for example in examples),
     )
-
-
-def _queries(example: Example) -> Ints:
-    """For each target: the last action token earlier than the target's request time, -1 without one. i64[m]"""
-    history, index = example.history, example.target_index
-    own = history.times[index]
-    asked = np.where(history.kinds[index] == IMPRESSION, request_times(history)[index], own)
-    is_action = history.kinds >= FIRST_ACTION
-    last_action = np.maximum.accumulate(np.where(is_action, np.arange(len(history)), -1))
-    before = np.searchsorted(history.times, asked, "left")
-    return np.where(before > 0, last_action[np.maximum(before - 1, 0)], -1).astype(np.int64)
 
 
 def _join(columns: Sequence[NDArray[Any]], dtype: type[Number]) -> NDArray[Number]:

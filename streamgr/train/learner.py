@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, normalize
 
 from streamgr import config
+from streamgr.clock import milliseconds
 from streamgr.model.losses import ranking_loss, sampled_softmax
 from streamgr.model.recommender import Recommender
 from streamgr.model.table import ITEM, WIRE, IdTable, Lookup, mean, served
@@ -73,7 +74,8 @@ class Learner:
     def __init__(self, settings: config.Config) -> None:
         trainer, table = settings.trainer, settings.table
         self._settings = trainer
-        self.model = Recommender(settings.model, settings.sequence.actions, trainer.seed)
+        window_ms = milliseconds(settings.sequence.attribution_window_seconds)
+        self.model = Recommender(settings.model, settings.sequence.actions, trainer.seed, window_ms)
         self.table = IdTable(table, settings.model.dim, trainer.seed)
         self._model_settings = settings.model
         self.dense = torch.optim.AdamW(
@@ -88,12 +90,13 @@ class Learner:
         """Take one step; returns what was predicted before it, and why nothing was learned ("" when it was)."""
         self.step += 1
         catalogue = self._catalogue() if len(batch.targets.retrieved) else None
-        lookup = self.table.map(batch.tokens.items, batch.tokens.times, watermark_ms=self.watermark_ms)
+        tokens = batch.tokens
+        lookup = self.table.map(tokens.keys, tokens.seen_times, tokens.fields, watermark_ms=self.watermark_ms)
         self.sparse.reset(torch.from_numpy(lookup.fresh))
         negatives = self._negatives(batch)
         rows, leaf, vectors, negative_vectors = self._gather(lookup, negatives)
 
-        hidden = self.model.transduce(batch.tokens, vectors)
+        hidden = self.model.transduce(tokens, vectors)
         logits = self._logits(batch, hidden)
         queries = self._queries(batch, hidden)
         predictions = self._predictions(batch, logits, queries, catalogue)
@@ -101,7 +104,7 @@ class Learner:
         loss = torch.zeros(())
         if logits is not None:
             labels = torch.from_numpy(batch.targets.labels[batch.targets.ranked]).to(logits)
-            loss = loss + ranking_loss(logits, labels)
+            loss = loss + self._model_settings.ranking_weight * ranking_loss(logits, labels)
         if queries is not None and len(negatives.keys):
             found = batch.targets.retrieved
             positives = embedding(torch.from_numpy(batch.targets.token[found]), vectors)
@@ -165,7 +168,7 @@ class Learner:
     def _logits(self, batch: Batch, hidden: Tensor) -> Tensor | None:
         """f32[ranked, K]"""
         ranked = batch.targets.ranked
-        if not len(ranked):
+        if not len(ranked) or not self._model_settings.ranking_weight:
             return None
         index = torch.from_numpy(batch.targets.token[ranked])
         return self.model.rank(embedding(index, hidden))
@@ -173,7 +176,7 @@ class Learner:
     def _queries(self, batch: Batch, hidden: Tensor) -> Tensor | None:
         """f32[retrieved, D], normalised"""
         found = batch.targets.retrieved
-        if not len(found):
+        if not len(found) or not self._model_settings.retrieval_weight:
             return None
         return self.model.queries(hidden, torch.from_numpy(batch.targets.query[found]))
 

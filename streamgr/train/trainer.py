@@ -155,7 +155,12 @@ class Trainer:
         self._learner = Learner(config)
         prequential = Prequential(config.sequence.actions, settings.window_targets, settings.fade_targets)
         self._architecture: dict[str, Any] = msgspec.to_builtins(
-            {"model": config.model, "table": config.table, "actions": config.sequence.actions}
+            {
+                "model": config.model,
+                "table": config.table,
+                "actions": config.sequence.actions,
+                "window_ms": milliseconds(config.sequence.attribution_window_seconds),
+            }
         )
         self._checkpoints = Checkpoints(self._directory / "checkpoints", self._log)
         lanes, log_bytes = {}, 0
@@ -201,7 +206,7 @@ class Trainer:
             self._publisher,
             self._guard,
             self._learner.table,
-            Recommender(config.model, config.sequence.actions, settings.seed),
+            Recommender(config.model, config.sequence.actions, settings.seed, self._architecture["window_ms"]),
             compared_targets=min(config.weights.compared_targets, settings.window_targets),
             sync=self._steps.sync,
             clock=self._clock,
@@ -269,7 +274,7 @@ class Trainer:
         if not replay:
             self._steps.append(Step(self._learner.step + 1, self._reader.ends(formed)))
         partitions = [partition for partition, _ in formed.examples]
-        batch = assemble([example for _, example in formed.examples], len(self._config.sequence.actions))
+        batch = assemble([example for _, example in formed.examples], self._learner.model.layout)
         started = self._clock.monotonic()
         predictions, skipped = self._learner.learn(batch)
         DURATION.observe(self._clock.monotonic() - started)

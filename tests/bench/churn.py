@@ -27,6 +27,7 @@ from streamgr.lab.metrics import EPSILON
 from streamgr.lab.produce import publish
 from streamgr.lab.simulator import World
 from streamgr.model.hashing import U64
+from streamgr.model.tokens import Layout
 from streamgr.sequence.examples import Example, decode
 from streamgr.sequence.partition import Partition
 from streamgr.service import Stop
@@ -118,8 +119,8 @@ def prepare(name: str, data: Path, *, seed: int, batch_tokens: int, limit: int =
             config.Config(sequence=sequence), dataset, sent, PARTITIONS, close=True, clock=SystemClock(), stop=Stop()
         )
         examples = list(sequenced(sent.records, sequence, Path(directory)))
-    batches = [assemble(step, len(actions)) for step in steps(examples, batch_tokens)]
-    vocabulary = np.unique(np.concatenate([batch.tokens.items for batch in batches]))
+    batches = [assemble(step, Layout(len(actions))) for step in steps(examples, batch_tokens)]
+    vocabulary = np.unique(np.concatenate([batch.tokens.keys for batch in batches]))
     return Stream(name, sent.events, actions, batches, vocabulary, truth)
 
 

@@ -165,7 +165,7 @@ class Contestant(Learner):
 
     def learn(self, batch: Batch) -> tuple[Predictions, str]:
         learned = super().learn(batch)
-        self.recent.touch(batch.tokens.items, batch.tokens.times)
+        self.recent.touch(batch.tokens.keys, batch.tokens.times)
         return learned
 
     def has_own(self, keys: U64) -> NDArray[np.bool_]:

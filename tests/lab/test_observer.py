@@ -39,10 +39,11 @@ def test_it_answers_as_the_scorer_would_at_the_time_of_the_request(live: LiveWei
         seen = History(*(column[:3] for column in _columns(one.history)))
         recommender = served.copy.recommender
         with torch.inference_mode():
+            tokens = recommender.tokens(seen, NOW - 5000, 0)
             known, _ = served.vectors(seen.items)
             asked, cold = served.vectors(one.history.items[3:5])
-            p = torch.sigmoid(recommender.score(seen, NOW - 5000, known, asked)).numpy()
-            query = recommender.retrieval_query(seen, NOW - 5000, known)
+            p = torch.sigmoid(recommender.score(tokens, NOW - 5000, known, asked)).numpy()
+            query = recommender.retrieval_query(tokens, known)
             weight = served.copy.table.weight[served.rows]
             similar = (torch.nn.functional.normalize(weight, dim=1) @ query).numpy()
     assert cold.tolist() == [False, True]

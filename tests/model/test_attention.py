@@ -5,12 +5,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from streamgr.model import attention, jagged
-from streamgr.model.tokens import Tokens, tokenize
+from streamgr.events import History
+from streamgr.model import attention, attention_blocks, jagged
+from streamgr.model.tokens import Layout, Tokens
+from streamgr.model.tokens import tokenize as lay_out
 
-from .histories import random_history
+from .histories import ACTIONS, random_history
 
 POSITIONS, TIMES, HEADS, DIM = 16, 12, 2, 4
+SHAPE = attention.Shape(POSITIONS, TIMES)
+
+
+def tokenize(histories: list[History]) -> Tokens:
+    return lay_out(histories, Layout(ACTIONS))
 
 
 def batch(lengths: list[int], seed: int = 0) -> tuple[Tokens, list[Tensor]]:
@@ -40,10 +47,9 @@ def by_hand(tokens: Tokens, q: Tensor, k: Tensor, v: Tensor, position: Tensor, t
 
 def run(kind: str, tokens: Tokens, values: list[Tensor]) -> Tensor:
     q, k, v, position, time = values
-    table = attention.bias_table(position, time)
     if kind == "jagged":
-        return attention.attend(q, k, v, table, attention.plan(tokens, POSITIONS, TIMES))
-    return attention.reference(q, k, v, table, attention.plan_padded(tokens, POSITIONS, TIMES))
+        return attention_blocks.attend(q, k, v, position, time, attention_blocks.plan(tokens, SHAPE))
+    return attention.reference(q, k, v, position, time, attention.pairs(tokens, SHAPE))
 
 
 @pytest.mark.parametrize("kind", ["padded", "jagged"])

@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -9,12 +11,25 @@ from streamgr import config
 from streamgr.events import IMPRESSION, History
 from streamgr.model import recommender
 from streamgr.model.recommender import Recommender
-from streamgr.model.tokens import request_times, tokenize, visible
+from streamgr.model.tokens import Layout, Tokens, request_times, visible
+from streamgr.model.tokens import tokenize as lay_out
 
 from .histories import ACTIONS, cut, random_history
 
 SETTINGS = config.Model(dim=16, heads=2, layers=2, position_buckets=32, time_buckets=64, scaling_seqlen=32)
 ITEMS = torch.randn(64, SETTINGS.dim, generator=torch.Generator().manual_seed(3))
+
+
+def tokenize(histories: Sequence[History]) -> Tokens:
+    return lay_out(histories, Layout(ACTIONS))
+
+
+def score(made: Recommender, history: History, at: int, known: Tensor, candidates: Tensor) -> Tensor:
+    return made.score(made.tokens(history, at, 0), at, known, candidates)
+
+
+def query(made: Recommender, history: History, at: int, known: Tensor) -> Tensor:
+    return made.retrieval_query(made.tokens(history, at, 0), known)
 
 
 def model(seed: int = 1) -> Recommender:
@@ -54,7 +69,7 @@ def test_training_equals_serving_at_the_request_time(n: int, k: int, seed: int, 
     )
     made = model()
     trained = made.rank(transduced(made, window))[n : n + k]
-    served = made.score(before, r, vectors(before), ITEMS[1 : k + 1])
+    served = score(made, before, r, vectors(before), ITEMS[1 : k + 1])
     torch.testing.assert_close(trained, served, rtol=1e-5, atol=1e-5)
 
 
@@ -66,7 +81,7 @@ def test_every_impression_of_a_random_history_is_served_as_it_is_trained() -> No
         trained = made.rank(transduced(made, window))
         for i in np.flatnonzero(window.kinds == IMPRESSION):
             before, r = cut(window, int(visible(window)[i])), int(request_times(window)[i])
-            served = made.score(before, r, vectors(before), ITEMS[[int(window.items[i])]])
+            served = score(made, before, r, vectors(before), ITEMS[[int(window.items[i])]])
             torch.testing.assert_close(trained[i], served[0], rtol=1e-5, atol=1e-5)
             checked += 1
     assert checked > 100
@@ -84,7 +99,7 @@ def test_a_query_is_served_as_it_is_trained() -> None:
             before = cut(window, int(np.searchsorted(window.times, r, "left")))
             acted = np.flatnonzero(before.kinds != IMPRESSION)
             trained = made.queries(hidden, torch.tensor([acted[-1] if len(acted) else -1]))[0]
-            served = made.retrieval_query(before, r, vectors(before))
+            served = query(made, before, r, vectors(before))
             torch.testing.assert_close(trained, served, rtol=1e-5, atol=1e-5)
             checked += bool(len(acted))
     assert checked > 100
@@ -144,30 +159,30 @@ def test_a_sequence_is_the_same_in_any_batch() -> None:
 def test_candidates_are_blind_to_each_other_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     made, history = model(), random_history(20, 1)
     at = int(history.times[-1]) + 50
-    whole = made.score(history, at, vectors(history), ITEMS)
+    whole = score(made, history, at, vectors(history), ITEMS)
     shuffled = torch.randperm(64, generator=torch.Generator().manual_seed(1))
-    torch.testing.assert_close(made.score(history, at, vectors(history), ITEMS[shuffled]), whole[shuffled])
+    torch.testing.assert_close(score(made, history, at, vectors(history), ITEMS[shuffled]), whole[shuffled])
     monkeypatch.setattr(recommender, "CANDIDATES_A_PASS", 7)
-    torch.testing.assert_close(made.score(history, at, vectors(history), ITEMS), whole)
+    torch.testing.assert_close(score(made, history, at, vectors(history), ITEMS), whole)
 
 
 @torch.no_grad()
 def test_a_user_without_history_is_answered() -> None:
     made, nobody = model(), cut(random_history(1, 0), 0)
     none = torch.zeros(0, SETTINGS.dim)
-    logits = made.score(nobody, 1_000, none, ITEMS[:3])
+    logits = score(made, nobody, 1_000, none, ITEMS[:3])
     assert logits.shape == (3, ACTIONS) and torch.isfinite(logits).all()
     start = made.queries(torch.zeros(0, SETTINGS.dim), torch.tensor([-1]))[0]
-    assert torch.equal(made.retrieval_query(nobody, 1_000, none), start)
+    assert torch.equal(query(made, nobody, 1_000, none), start)
     assert float(start.norm()) == pytest.approx(1)
-    assert made.score(nobody, 1_000, none, none).shape == (0, ACTIONS)
+    assert score(made, nobody, 1_000, none, none).shape == (0, ACTIONS)
     assert made.transduce(tokenize([]), none).shape == (0, SETTINGS.dim)
 
 
 def test_a_history_that_reaches_the_request_is_refused() -> None:
     history = random_history(5, 0)
     with pytest.raises(ValueError, match="it would leak"):
-        model().score(history, int(history.times[-1]), vectors(history), ITEMS[:2])
+        score(model(), history, int(history.times[-1]), vectors(history), ITEMS[:2])
 
 
 def test_weights_come_from_the_seed_alone() -> None:

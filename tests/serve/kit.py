@@ -87,6 +87,7 @@ class Weights:
             "model": msgspec.to_builtins(self.config.model),
             "table": msgspec.to_builtins(self.table.geometry),
             "actions": list(ACTIONS),
+            "window_ms": 600_000,
         }
         facts: dict[str, Any] = {
             "kind": kind, "epoch": 1, "version": self.version, "parent": None if rows is None else self.version - 1,

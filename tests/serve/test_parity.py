@@ -94,7 +94,7 @@ def test_the_trainers_prediction_is_the_scorers_answer(config: Config, tmp_path:
         since = learner.table.mark()
         assert live.install(version)
 
-        batch = assemble(examples, len(ACTIONS))
+        batch = assemble(examples, learner.model.layout)
         catalogue = len(learner.table.live(learner.watermark_ms)[1])
         predictions, skipped = learner.learn(batch)
         assert not skipped

@@ -8,6 +8,7 @@ from torch import Tensor
 from streamgr.config import Config, Model, Table, Trainer
 from streamgr.events import FIRST_ACTION, IMPRESSION
 from streamgr.model.table import ITEM
+from streamgr.model.tokens import Layout
 from streamgr.train import learner as learners
 from streamgr.train.batch import Batch, assemble
 from streamgr.train.learner import Learner, Predictions
@@ -48,7 +49,7 @@ def batches(count: int, seed: int = 0) -> list[Batch]:
                 )
             )  # fmt: skip
             past = [*history, *((FIRST_ACTION, i, now + 50, 0) for i, on in zip(items, clicked, strict=True) if on)]
-        made.append(assemble(examples, 2))
+        made.append(assemble(examples, Layout(2)))
     return made
 
 
@@ -147,7 +148,7 @@ def test_a_gradient_reaches_only_rows_of_the_ids_of_its_step() -> None:
         own = {int(k): int(r) for r, k in zip(*learner.table.live(watermark), strict=True)}
         mine = set(range(1, learner.table.first_slot)) | set(own.values())
         assert moved <= mine and 0 not in moved
-        named = set(batch.tokens.items.tolist())
+        named = set(batch.tokens.keys.tolist())
         given = {key: row for key, row in own.items() if held.get(key) != row}
         assert given.keys() <= named
         taken += len(set(given.values()) & set(held.values()))

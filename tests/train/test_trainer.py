@@ -14,6 +14,7 @@ from streamgr.config import Table, Weights
 from streamgr.errors import ConfigError, DataError, TryAgain
 from streamgr.events import IMPRESSION
 from streamgr.model.table import WIRE, IdTable
+from streamgr.model.tokens import Layout
 from streamgr.sequence.examples import encode
 from streamgr.telemetry import Log
 from streamgr.train import learner
@@ -244,15 +245,15 @@ def test_a_device_this_version_cannot_use_is_refused(tmp_path: Path) -> None:
 
 def one_step(tmp_path: Path, *examples: object) -> tuple[Learner, object]:
     learner = Learner(settings(tmp_path))
-    return learner, learner.learn(assemble(list(examples), 2))[0]
+    return learner, learner.learn(assemble(list(examples), Layout(2)))[0]
 
 
 def test_predictions_are_made_before_learning(tmp_path: Path) -> None:
     each = example((1, 0), events=[(IMPRESSION, "a", 1, 0), (IMPRESSION, "b", 2, 0)], targets=[0, 1], labels=[1, 0])
     learner, first = one_step(tmp_path, each)
-    batch = assemble([each], 2)
+    batch = assemble([each], Layout(2))
     fresh = Learner(settings(tmp_path))
-    lookup = fresh.table.lookup(batch.tokens.items, watermark_ms=0)
+    lookup = fresh.table.lookup(batch.tokens.keys, watermark_ms=0)
     with torch.no_grad():
         hidden = fresh.model.transduce(batch.tokens, fresh.table.vectors(lookup))
         expected = fresh.model.rank(hidden).sigmoid().numpy()
@@ -268,7 +269,7 @@ def test_an_item_that_was_not_live_is_a_miss_and_ranks_count_ties_against_us(tmp
     assert first.rank.tolist() == [-1, -1]
     assert first.live == 0
     learner.table.weight[learner.table.first_slot :] = 1.0  # every item scores the same
-    second, _ = learner.learn(assemble([each], 2))
+    second, _ = learner.learn(assemble([each], Layout(2)))
     assert second.rank.tolist() == [2, 2]
     assert second.live == 2
     assert np.isnan(second.probabilities).all()  # organic actions are not ranked
@@ -280,7 +281,7 @@ def test_what_is_not_finite_skips_the_lesson_only(tmp_path: Path) -> None:
     before = {name: value.clone() for name, value in learner.model.state_dict().items()}
     row = learner.table.live(0)[0][0]
     learner.table.weight[row] = float("nan")
-    _, skipped = learner.learn(assemble([each], 2))
+    _, skipped = learner.learn(assemble([each], Layout(2)))
     assert skipped == "loss"
     assert all(torch.equal(value, before[name]) for name, value in learner.model.state_dict().items())
     assert learner.step == 2
