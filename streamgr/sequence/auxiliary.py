@@ -90,10 +90,11 @@ def window(  # noqa: PLR0917
     found = _changes(tail, profiles, start, end, upto, cut)[-limit:] if limit else []
     if not found:
         return rows, None
-    places, times, keys = (np.array(column) for column in zip(*found, strict=True))
+    places, times = (np.array([change[i] for change in found], np.int64) for i in (0, 1))
+    keys = np.array([change[2] for change in found], np.uint64)
     return History(
         np.insert(rows.kinds, places, PROFILE),
-        np.insert(rows.items, places, keys.astype(np.uint64)),
+        np.insert(rows.items, places, keys),
         np.insert(rows.times, places, times),
         np.insert(rows.requests, places, 0),
     ), np.searchsorted(places, np.arange(len(rows)), "right").astype(np.int64)

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from streamgr import config
 from streamgr.errors import DataError
-from streamgr.events import IMPRESSION, Record, Records, item_key
+from streamgr.events import IMPRESSION, PROFILE, Record, Records, item_key
 from streamgr.sequence import examples as wire
 from streamgr.sequence import items, views
 from streamgr.sequence import partition as module
@@ -26,6 +26,7 @@ from streamgr.sequence.partition import Partition
 from streamgr.state.rocks import Memory
 from streamgr.state.store import Meta, Store
 from tests.oracle import Oracle
+from tests.sequence import plain_windows
 from tests.streams import columns, events
 
 Json = dict[str, Any]
@@ -132,7 +133,12 @@ EVENT = st.fixed_dictionaries(
         "item_id": st.sampled_from(["x", "y", "z"]),
         "event_time": TIME,
     },
-    optional={"request_id": st.sampled_from(["r", "s"]), "features": st.sampled_from([{}, {"country": "BR"}])},
+    optional={
+        "request_id": st.sampled_from(["r", "s"]),
+        "features": st.sampled_from(
+            [{}, {"country": "BR"}, {"country": "US"}, {"age": "3", "country": "BR"}, {"age": 3}]
+        ),
+    },
 )
 HEARTBEAT = st.fixed_dictionaries({"type": st.just("heartbeat"), "event_time": TIME})
 ERASURE = st.fixed_dictionaries({"erase": st.sampled_from(["u", "v", "nobody"])})
@@ -246,12 +252,13 @@ def test_a_slate_at_once_is_its_events_one_by_one(rows: list[Json], how: config.
 
 
 @BATCHES
-@given(STREAM, CUTS)
-def test_a_window_is_the_sequence_as_it_stood_cut_at_its_last_target(rows: list[Json], cuts: list[Any]) -> None:
+@given(STREAM, CUTS, st.sampled_from([64, 2, 0]))
+def test_a_window_is_the_sequence_as_it_stood_cut_at_its_last_target(
+    rows: list[Json], cuts: list[Any], auxiliary: int
+) -> None:
     log = records([*rows, {"type": "heartbeat", "event_time": 10_000}])
-    kinds = {"impression": 1, "click": 2, "like": 3}
     with directory() as path:
-        run = Run(path)
+        run = Run(path, replace(FAST, auxiliary_length=auxiliary))
         drive(run, log, cuts)
         for value in run.outputs.values():
             e = wire.decode(value)
@@ -260,18 +267,40 @@ def test_a_window_is_the_sequence_as_it_stood_cut_at_its_last_target(rows: list[
             for row in rows[: e.position[0] + 1]:
                 if row.get("erase") == e.user:
                     stood.clear()
-                elif row.get("user_id") == e.user and row["type"] in kinds:
-                    stood.setdefault((row["event_time"], kinds[row["type"]], row["event_id"]), row)
-            sequence = [stood[order] for order in sorted(stood)]
-            ids = [row["event_id"] for row in sequence]
+                elif row.get("user_id") == e.user and row["type"] in plain_windows.KINDS:
+                    stood.setdefault(plain_windows.order(row), row)
             h, last = e.history, int(e.target_index[-1])
             assert last == len(h) - 1
-            found = [(int(t), int(k), int(i)) for t, k, i in zip(h.times, h.kinds, h.items, strict=True)]
-            whole = [(r["event_time"], kinds[r["type"]], item_key(r["item_id"])) for r in sequence]
-            ends = [n for n in range(1, len(whole) + 1) if whole[max(0, n - 4) : n] == found]
-            assert any(ids[n - 1] == e.target_events[-1] for n in ends)
+            events = list(stood.values())
+            ends = [row for row in events if row["event_id"] == e.target_events[-1] and row["type"] != "profile"]
+            windows = [plain_windows.window(events, last=row, limit=4, auxiliary=auxiliary) for row in ends]
+            assert list(zip(h.times.tolist(), h.kinds.tolist(), h.items.tolist(), strict=True)) in windows
             for i, item in zip(e.target_index.tolist(), e.target_items, strict=True):
-                assert int(h.items[i]) == item_key(item)
+                assert int(h.items[i]) == item_key(item) and h.kinds[i]
+
+
+@BATCHES
+@given(STREAM, CUTS, HOW, st.integers(0, 400), st.sampled_from([64, 3]))
+def test_what_a_scorer_sees_is_the_plain_window(
+    rows: list[Json], cuts: list[Any], how: config.Sequence, at: int, auxiliary: int
+) -> None:
+    how = replace(how, auxiliary_length=auxiliary)
+    log = records(rows)
+    with directory() as path:
+        run = Run(path, how, emits=False)
+        drive(run, log, cuts)
+        oracle = fed(rows, how)
+        watermark = run.partition.watermark
+        cut = -1 if watermark is None or not how.keep_seconds else watermark - round(1000 * how.keep_seconds)
+        for user in {str(row["user_id"]) for row in rows if "user_id" in row}:
+            events = [held.event for held in oracle.users[user].held.values()] if user in oracle.users else []
+            for limit in (1, 5, 100):
+                found = run.partition.history(user, at, limit)
+                mine = []
+                if found is not None:
+                    mine = list(zip(found.times.tolist(), found.kinds.tolist(), found.items.tolist(), strict=True))
+                assert mine == plain_windows.window(events, upto=at, limit=limit, auxiliary=auxiliary, cut=cut)
+        run.store.close()
         run.store.close()
 
 
@@ -427,7 +456,7 @@ def test_a_follower_keeps_the_same_sequences_and_emits_nothing(tmp_path: Path) -
             seen = [r.partition.history(user, 1_700_000_003_000, 5) for r in (leader, follower)]
             assert (seen[0] is None) == (seen[1] is None)
             if seen[0] is not None and seen[1] is not None:
-                assert len(seen[0]) <= 5
+                assert (seen[0].kinds != PROFILE).sum() <= 5
                 assert seen[0].times.tolist() == seen[1].times.tolist()
                 assert (seen[0].times < 1_700_000_003_000).all()
     assert leader.outputs

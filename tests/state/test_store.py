@@ -92,13 +92,13 @@ def test_two_users_who_share_a_key_are_an_error_that_names_both(store: Store) ->
 
 def test_a_newer_schema_and_damage_are_refused(store: Store) -> None:
     batch = store.batch()
-    batch.put("state", b"meta", msgspec.json.encode(changed(schema=3)))
+    batch.put("state", b"meta", msgspec.json.encode(changed(schema=4)))
     store.database.write(batch)
     store.close()
-    with pytest.raises(DataError, match=r"schema 3.*remedy"):
+    with pytest.raises(DataError, match=r"schema 4.*remedy"):
         Store(store.path, MEMORY)
     database = Store.__new__(Store)
-    with pytest.raises(DataError, match="schema 3"):  # it was closed: no lock is left behind
+    with pytest.raises(DataError, match="schema 4"):  # it was closed: no lock is left behind
         database.__init__(store.path, MEMORY)  # type: ignore[misc]
 
 
