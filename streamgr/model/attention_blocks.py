@@ -1,15 +1,26 @@
-"""The attention of `attention` on a CPU: block by block, each small enough for the cache, with its own backward.
+"""The attention of `attention` on a CPU: tile by tile, each small enough for the cache, with its own backward.
+
+Sequences of like length lie side by side in blocks (`jagged`); a block's rows are cut into tiles, and a tile has only
+the columns that its rows can see: that is half of them in a causal sequence, a window's worth in a semi-local one.
 
 Both biases are one table: pair (p, t) is row p * time_buckets + t of their sum, and one last row, NOTHING, is so low
 that SiLU and its derivative are exactly 0: that is the mask, padding included. So a pair costs one gather forward and
-one bin count backward. The sums run in a fixed order: same input, same bits.
+one bin count backward, and a pair of tokens four bytes of plan. A plan keeps at most PLAN_BYTES of it: what does not
+fit is laid out again each time that it is needed, so memory stays bounded however long the sequences are.
+
+Scores are made again in the backward pass rather than kept, and every tile uses the same few buffers: a fresh
+allocation of that size is fresh pages, and touching those costs as much as the arithmetic. The sums run in a fixed
+order: same input, same bits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,49 +29,113 @@ from streamgr.model.attention import Shape, time_bucket
 from streamgr.model.tokens import Tokens
 
 NOTHING = -1e9
+ROWS = 64  # of a tile: fewer skip more of the causal half, more make better matrix products
+COLUMNS = 1024
+PLAN_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedBlock:
-    """tokens i64[b * n]; bias i32[b, n, n]: rows of the bias table; `cells`, `cell_tokens` i64[k]: the real ones."""
+class Tile:
+    """Some rows of a block and some columns of it. bias i32[b * rows * columns]: rows of the bias table, if kept."""
 
+    rows: slice
+    columns: slice
+    bias: Tensor | None
+
+    def cells(self, b: int) -> tuple[int, int, int]:
+        """(b, rows, columns)"""
+        return b, self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """b sequences padded to n places, i64[b, n] each: its tokens, and of those what they see, ask at and stand at.
+
+    visible is 0 and real False in padding. first: how many places the blocks before it have.
+    """
+
+    first: int
     tokens: Tensor
-    bias: Tensor
-    cells: Tensor
-    cell_tokens: Tensor
+    real: Tensor
+    visible: Tensor
+    asked: Tensor
+    times: Tensor
+    tiles: list[Tile]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A batch laid out once, for all layers, forward and backward."""
+    """A batch laid out once, for all layers, forward and backward.
 
-    blocks: Sequence[PlannedBlock]
+    Of token i, i64[T]: `sequence`, the place where its (padded) sequence begins, `width`, how long that is, and
+    `place`, where in it the token stands.
+    """
+
+    blocks: Sequence[Block]
     shape: Shape
+    sequence: Tensor
+    width: Tensor
+    place: Tensor
+
+    @property
+    def places(self) -> int:
+        return sum(block.tokens.numel() for block in self.blocks)
 
 
 def plan(tokens: Tokens, shape: Shape) -> Plan:
     """Lay out a batch."""
-    return Plan([_planned(tokens, block, shape) for block in jagged.blocks(tokens.offsets)], shape)
+    blocks: list[Block] = []
+    sequence, width, place = (torch.empty(len(tokens), dtype=torch.int64) for _ in range(3))
+    first, room = 0, PLAN_BYTES
+    for laid in jagged.blocks(tokens.offsets):
+        index, real = torch.from_numpy(laid.tokens), torch.from_numpy(laid.real)
+        b, n = index.shape
+        visible, asked, times = (
+            torch.from_numpy(of[laid.tokens]) for of in (tokens.visible, tokens.query_times, tokens.times)
+        )
+        block = Block(first, index, real, visible * real, asked, times, [])
+        for rows, columns in _tiles(laid.real, block.visible.numpy(), shape):
+            room -= 4 * b * (rows.stop - rows.start) * (columns.stop - columns.start)
+            bias = bias_rows(block, rows, columns, shape) if room >= 0 else None
+            block.tiles.append(Tile(rows, columns, bias))
+        blocks.append(block)
+        mine = index[real]
+        width[mine], place[mine] = n, torch.arange(n).expand(b, n)[real]
+        sequence[mine] = (torch.arange(b) * n + first)[:, None].expand(b, n)[real]
+        first += b * n
+    return Plan(blocks, shape, sequence, width, place)
 
 
-def _planned(tokens: Tokens, block: jagged.Block, shape: Shape) -> PlannedBlock:
-    b, n = block.tokens.shape
-    column = torch.arange(n, dtype=torch.int32)
-    visible = torch.from_numpy(tokens.visible[block.tokens]).to(torch.int32)
-    real = torch.from_numpy(block.real)
-    itself = torch.eye(n, dtype=torch.bool)
-    distance = visible[:, :, None] - column
-    seen = distance > 0
+def _tiles(real: NDArray[np.bool_], visible: NDArray[np.int64], shape: Shape) -> Iterator[tuple[slice, slice]]:
+    """(rows, columns) of a block's tiles: each row tile with the stretches of columns that any of its rows sees."""
+    n = real.shape[1]
+    for start in range(0, n, ROWS):
+        rows = slice(start, min(start + ROWS, n))
+        seen = visible[:, rows][real[:, rows]]
+        stretches = [(0, int(seen.max())), (rows.start, rows.stop)]
+        if shape.local_window:
+            prefix, near = min(shape.global_prefix, int(seen.max())), max(0, int(seen.min()) - shape.local_window)
+            stretches = [(0, prefix), (near, int(seen.max())), (rows.start, rows.stop)]
+        end = 0
+        for begin, stop in sorted(stretches):
+            for column in range(max(begin, end), stop, COLUMNS):
+                yield rows, slice(column, min(column + COLUMNS, stop))
+            end = max(end, stop)
+
+
+def bias_rows(block: Block, rows: slice, columns: slice, shape: Shape) -> Tensor:
+    """i32[b * rows * columns]: which row of the bias table each pair of a tile has."""
+    column = torch.arange(columns.start, columns.stop, dtype=torch.int32)
+    distance = block.visible[:, rows, None].to(torch.int32) - column
+    hidden = distance <= 0
     if shape.local_window:
-        seen &= (distance <= shape.local_window) | (column < shape.global_prefix)
-    seen = (seen | itself) & real[:, :, None] & real[:, None, :]
-    distance = distance.clamp_(0, shape.positions - 1).masked_fill_(itself, 0)
-    asked, stamped = tokens.query_times[block.tokens], tokens.times[block.tokens]
-    elapsed = torch.from_numpy(asked)[:, :, None] - torch.from_numpy(stamped)[:, None, :]
-    bias = torch.where(seen, distance * shape.times + time_bucket(elapsed, shape.times), shape.positions * shape.times)
-    flat = torch.from_numpy(block.tokens.reshape(b * n))
-    cells = torch.from_numpy(block.real.reshape(b * n)).nonzero().squeeze(1)
-    return PlannedBlock(flat, bias, cells, flat[cells])
+        hidden |= (distance > shape.local_window) & (column >= shape.global_prefix)
+    if rows.start < columns.stop and columns.start < rows.stop:
+        itself = torch.arange(max(rows.start, columns.start), min(rows.stop, columns.stop))
+        hidden[:, itself - rows.start, itself - columns.start] = ~block.real[:, itself]
+    elapsed = block.asked[:, rows, None] - block.times[:, None, columns]
+    bias = time_bucket(elapsed, shape.times).add_(distance.clamp_(0, shape.positions - 1), alpha=shape.times)
+    return bias.masked_fill_(hidden, shape.positions * shape.times).view(-1)
 
 
 def attend(  # noqa: PLR0917 (as `Attend`)
@@ -86,48 +161,92 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, table: Tensor, plan: Plan) -> Tensor:  # noqa: PLR0917
         ctx.save_for_backward(q, k, v, table)
         ctx.plan = plan
-        out = torch.empty_like(v)
+        out, room = _Padded(plan, v), _Room(plan, q)
         for block in plan.blocks:
-            weights = F.silu(_scores(block, _heads(q, block), _heads(k, block), table))
-            _spread(torch.bmm(weights, _heads(v, block)), block, out)
-        return out
+            (bq, bk, bv), total = _padded(block, q, k, v), out.part(block)
+            for tile in block.tiles:
+                scores = room.scores(tile, bq, bk, _bias(block, tile, plan.shape), table)
+                total[:, tile.rows] += torch.bmm(F.silu(scores, inplace=True), bv[:, tile.columns])
+        return out.jagged()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, table = ctx.saved_tensors
-        (g,) = gradients
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        dtable = torch.zeros(len(table), dtype=torch.float64)
-        for block in ctx.plan.blocks:
-            bq, bk, bv, bg = (_heads(x, block) for x in (q, k, v, g))
-            scores = _scores(block, bq, bk, table)
-            _spread(torch.bmm(F.silu(scores).transpose(1, 2), bg), block, dv)
-            ds = torch.ops.aten.silu_backward(torch.bmm(bg, bv.transpose(1, 2)), scores)
-            _spread(torch.bmm(ds, bk), block, dq)
-            _spread(torch.bmm(ds.transpose(1, 2), bq), block, dk)
-            pairs = ds.view(block.bias.shape[0], -1, *block.bias.shape[1:]).sum(1)
-            dtable += torch.bincount(block.bias.view(-1), pairs.view(-1), minlength=len(table))
-        return dq, dk, dv, dtable.to(table.dtype), None
+        plan: Plan = ctx.plan
+        dq, dk, dv, room = _Padded(plan, q), _Padded(plan, k), _Padded(plan, v), _Room(plan, q)
+        dtable = torch.zeros(len(table), dtype=torch.float64) if ctx.needs_input_grad[3] else None
+        for block in plan.blocks:
+            bq, bk, bv, bg = _padded(block, q, k, v, gradients[0])
+            tq, tk, tv = dq.part(block), dk.part(block), dv.part(block)
+            for tile in block.tiles:
+                r, c, bias = tile.rows, tile.columns, _bias(block, tile, plan.shape)
+                scores = room.scores(tile, bq, bk, bias, table)
+                weights = torch.ops.aten.silu.out(scores, out=room.like(scores))
+                tv[:, c] += torch.bmm(weights.transpose(1, 2), bg[:, r])
+                ds = torch.bmm(bg[:, r], bv[:, c].transpose(1, 2), out=weights)
+                torch.ops.aten.silu_backward.grad_input(ds, scores, grad_input=ds)
+                tq[:, r] += torch.bmm(ds, bk[:, c])
+                tk[:, c] += torch.bmm(ds.transpose(1, 2), bq[:, r])
+                if dtable is not None:
+                    dtable += torch.bincount(bias, room.over_heads(ds, len(block.tokens)), minlength=len(table))
+        return dq.jagged(), dk.jagged(), dv.jagged(), None if dtable is None else dtable.to(table.dtype), None
 
 
-def _heads(x: Tensor, block: PlannedBlock) -> Tensor:
-    """f32[T, H, d] -> f32[b * H, n, d]: a block of it."""
-    b, n, _ = block.bias.shape
-    return x.index_select(0, block.tokens).view(b, n, *x.shape[1:]).transpose(1, 2).reshape(-1, n, x.shape[2])
+def _bias(block: Block, tile: Tile, shape: Shape) -> Tensor:
+    return bias_rows(block, tile.rows, tile.columns, shape) if tile.bias is None else tile.bias
 
 
-def _scores(block: PlannedBlock, q: Tensor, k: Tensor, table: Tensor) -> Tensor:
-    """f32[b * H, n, n]."""
-    b, n, _ = block.bias.shape
-    scores = torch.bmm(q, k.transpose(1, 2))
-    scores.view(b, -1, n, n).add_(table.index_select(0, block.bias.view(-1)).view(b, 1, n, n))
-    return scores
+def _padded(block: Block, *values: Tensor) -> list[Tensor]:
+    """f32[T, H, d] -> f32[b * H, n, d]: a block of each."""
+    b, n = block.tokens.shape
+    _, heads, dim = values[0].shape
+    rows = (block.tokens[:, None] * heads + torch.arange(heads)[:, None]).view(-1)
+    return [x.reshape(-1, dim).index_select(0, rows).view(b * heads, n, dim) for x in values]
 
 
-def _spread(x: Tensor, block: PlannedBlock, out: Tensor) -> None:
-    """f32[b * H, n, d] back to the block's tokens in out f32[T, H, d]."""
-    b, n, _ = block.bias.shape
-    rows = x.view(b, -1, n, x.shape[2]).transpose(1, 2).reshape(b * n, *out.shape[1:])
-    if len(block.cells) < len(block.tokens):
-        rows = rows.index_select(0, block.cells)
-    out.index_copy_(0, block.cell_tokens, rows)
+class _Padded:
+    """A sum for every place of a plan's blocks, and its way back to the tokens."""
+
+    def __init__(self, plan: Plan, like: Tensor) -> None:
+        _, self._heads, dim = like.shape
+        self._plan = plan
+        self._sums = like.new_zeros(plan.places * self._heads, dim)
+
+    def part(self, block: Block) -> Tensor:
+        """f32[b * H, n, d]: those of a block."""
+        b, n = block.tokens.shape
+        return self._sums[block.first * self._heads :][: b * self._heads * n].view(b * self._heads, n, -1)
+
+    def jagged(self) -> Tensor:
+        """f32[T, H, d]"""
+        plan = self._plan
+        rows = (plan.sequence * self._heads + plan.place)[:, None] + plan.width[:, None] * torch.arange(self._heads)
+        return self._sums.index_select(0, rows.view(-1)).view(len(rows), self._heads, -1)
+
+
+class _Room:
+    """Buffers for the pairs of one tile, all heads, which every tile of a pass uses."""
+
+    def __init__(self, plan: Plan, q: Tensor) -> None:
+        pairs = max((prod(tile.cells(len(block.tokens))) for block in plan.blocks for tile in block.tiles), default=0)
+        self._scores, self._other = q.new_empty(pairs * q.shape[1]), q.new_empty(pairs * q.shape[1])
+        self._pairs = q.new_empty(pairs)
+
+    def scores(self, tile: Tile, q: Tensor, k: Tensor, bias: Tensor, table: Tensor) -> Tensor:
+        """f32[b * H, rows, columns]: what SiLU takes."""
+        q, k = q[:, tile.rows], k[:, tile.columns]
+        shape = (len(q), q.shape[1], k.shape[1])
+        scores = torch.bmm(q, k.transpose(1, 2), out=self._scores[: prod(shape)].view(shape))
+        added = torch.index_select(table, 0, bias, out=self._pairs[: len(bias)]).view(-1, 1, *shape[1:])
+        scores.view(len(added), -1, *shape[1:]).add_(added)
+        return scores
+
+    def like(self, scores: Tensor) -> Tensor:
+        """Room for as many again."""
+        return self._other[: scores.numel()].view(scores.shape)
+
+    def over_heads(self, ds: Tensor, b: int) -> Tensor:
+        """f32[b * rows * columns]: the sum over heads."""
+        size = ds.numel() // len(ds) * b
+        ds = ds.view(b, -1, size // b)
+        return torch.sum(ds, 1, out=self._pairs[:size].view(b, -1)).view(-1)

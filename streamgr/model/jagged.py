@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-PAIRS_A_BLOCK = 1 << 17
+PAIRS_A_BLOCK = 1 << 19
 PADDING = 1.25  # the longest sequence of a block is at most this much longer than its shortest
 
 

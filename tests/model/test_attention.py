@@ -1,7 +1,10 @@
+from collections.abc import Sequence
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -14,6 +17,9 @@ from .histories import ACTIONS, random_history
 
 POSITIONS, TIMES, HEADS, DIM = 16, 12, 2, 4
 SHAPE = attention.Shape(POSITIONS, TIMES)
+SHAPES = st.builds(
+    attention.Shape, st.just(POSITIONS), st.just(TIMES), st.sampled_from([0, 1, 3, 50]), st.integers(0, 9)
+)
 
 
 def tokenize(histories: list[History]) -> Tokens:
@@ -45,11 +51,12 @@ def by_hand(tokens: Tokens, q: Tensor, k: Tensor, v: Tensor, position: Tensor, t
     return out
 
 
-def run(kind: str, tokens: Tokens, values: list[Tensor]) -> Tensor:
+def run(kind: str, tokens: Tokens, values: Sequence[Tensor | None], shape: attention.Shape = SHAPE) -> Tensor:
     q, k, v, position, time = values
+    assert q is not None and k is not None and v is not None
     if kind == "jagged":
-        return attention_blocks.attend(q, k, v, position, time, attention_blocks.plan(tokens, SHAPE))
-    return attention.reference(q, k, v, position, time, attention.pairs(tokens, SHAPE))
+        return attention_blocks.attend(q, k, v, position, time, attention_blocks.plan(tokens, shape))
+    return attention.reference(q, k, v, position, time, attention.pairs(tokens, shape))
 
 
 @pytest.mark.parametrize("kind", ["padded", "jagged"])
@@ -58,23 +65,54 @@ def test_attention_is_its_formula(kind: str) -> None:
     torch.testing.assert_close(run(kind, tokens, values), by_hand(tokens, *values), rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=9), st.integers(0, 10_000))
-def test_jagged_equals_padded_forward_and_backward(lengths: list[int], seed: int) -> None:
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=9), st.integers(0, 10_000), SHAPES, st.booleans())
+@example([200, 0, 1, 130], 1, SHAPE, True)
+@example([200, 0, 1, 130], 1, attention.Shape(POSITIONS, TIMES, 20, 5), False)
+def test_jagged_equals_padded_forward_and_backward(
+    lengths: list[int], seed: int, shape: attention.Shape, biased: bool
+) -> None:
+    """Ties in time, requests whose items see less than their place, windows, with biases and without; tiles of one
+    row and of many, plans kept and plans made again."""
     tokens, values = batch(lengths, seed)
     if not len(tokens):
         return
     weights = torch.randn(len(tokens), HEADS, DIM, generator=torch.Generator().manual_seed(seed))
     results = []
-    for kind in ("padded", "jagged"):
-        leaves = [x.clone().requires_grad_() for x in values]
-        out = run(kind, tokens, leaves)
+    for kind, sizes in (("padded", None), ("jagged", (64, 1024, 1 << 20)), ("jagged", (5, 7, 100 * (seed % 3)))):
+        leaves = [x.clone().requires_grad_() for x in (values if biased else values[:3])]
+        rows, columns, kept = sizes or (1, 1, 0)
+        with patch.multiple(attention_blocks, ROWS=rows, COLUMNS=columns, PLAN_BYTES=kept):
+            out = run(kind, tokens, leaves if biased else [*leaves, None, None], shape)
         (out * weights).sum().backward()  # type: ignore[no-untyped-call]
         results.append([out.detach(), *(x.grad for x in leaves)])
-    for padded, mine in zip(*results, strict=True):
-        assert padded is not None and mine is not None
-        scale = max(1.0, float(padded.abs().max()))
-        torch.testing.assert_close(mine / scale, padded / scale, rtol=1e-5, atol=1e-5)
+    for padded, *jagged_ones in zip(*results, strict=True):
+        for mine in jagged_ones:
+            assert padded is not None and mine is not None
+            scale = max(1.0, float(padded.abs().max()))
+            torch.testing.assert_close(mine / scale, padded / scale, rtol=1e-5, atol=1e-5)
+
+
+def test_a_window_makes_the_plan_of_a_long_sequence_small() -> None:
+    """Pairs that are laid out grow with n * window, not with n * n; the causal half costs half."""
+    tokens = tokenize([random_history(4096, 0, requests=1 << 40)])
+
+    def pairs(shape: attention.Shape) -> int:
+        (block,) = attention_blocks.plan(tokens, shape).blocks
+        return sum(tile.bias.numel() for tile in block.tiles if tile.bias is not None)
+
+    assert pairs(SHAPE) < 0.52 * 4096**2
+    assert pairs(attention.Shape(POSITIONS, TIMES, 256, 16)) < 4096 * (256 + 16 + 3 * attention_blocks.ROWS)
+
+
+def test_a_plan_is_kept_up_to_its_bytes_only() -> None:
+    tokens, values = batch([300, 200])
+    with patch.object(attention_blocks, "PLAN_BYTES", 100_000):
+        plan = attention_blocks.plan(tokens, SHAPE)
+    kept = [tile.bias is not None for block in plan.blocks for tile in block.tiles]
+    assert any(kept) and not all(kept)
+    q, k, v, position, time = values
+    assert torch.equal(attention_blocks.attend(q, k, v, position, time, plan), run("jagged", tokens, values))
 
 
 def test_a_sequence_is_the_same_in_any_company_and_order() -> None:
@@ -99,14 +137,16 @@ def test_what_is_masked_weighs_exactly_nothing() -> None:
     assert torch.equal(run("jagged", tokens, values)[~later], out[~later])
 
 
-def test_the_same_input_gives_the_same_bits() -> None:
+def test_the_same_input_gives_the_same_bits_on_any_number_of_threads() -> None:
     tokens, values = batch([50, 60, 3, 200, 199])
-    runs = []
-    for _ in range(3):
+    runs, threads = [], torch.get_num_threads()
+    for count in (1, 2, threads, threads):
+        torch.set_num_threads(count)
         leaves = [x.clone().requires_grad_() for x in values]
         out = run("jagged", tokens, leaves)
         out.square().sum().backward()  # type: ignore[no-untyped-call]
         runs.append([out, *(x.grad for x in leaves if x.grad is not None)])
+    torch.set_num_threads(threads)
     assert len(runs[0]) == 6
     assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
 
