@@ -23,6 +23,7 @@ from streamgr.model.tokens import Layout, Tokens, tokenize
 
 MARK_STD = 0.3  # what a user did must stand out from which item it was
 LONG_AGO_MS = 1 << 62
+PAIRS_A_VIEW = 1 << 20  # of an appended row and a token before it: more rows are appended in parts
 
 
 class Recommender(nn.Module):
@@ -70,18 +71,22 @@ class Recommender(nn.Module):
 
         The n - r before them are taken from a cache of the same weights; at most `cache.reusable(tokens)` may be.
         """
-        n, start = len(tokens), len(tokens) - len(vectors)
-        if not 0 <= start <= cache.reusable(tokens):
-            raise ValueError(f"{len(vectors)} of {n} tokens given: too few or too many, {cache.reusable(tokens)} are kept")
+        n, start, known = len(tokens), len(tokens) - len(vectors), cache.reusable(tokens)
+        if not 0 <= start <= known:
+            raise ValueError(f"the vectors of {len(vectors)} of {n} tokens, when the cache holds for the first {known}")
         if start == n == len(cache.tokens):  # nothing new, and no row asks for the time of what comes next
             return Cache(tokens, at, cache.kept, cache.acted)
-        view = View.of(
-            tokens.visible[start:], tokens.query_times[start:], tokens.times[start:], tokens.times, self.stack.shape
-        )
-        known = [seen.upto(start) for seen in cache.kept]
-        hidden, kept = self.stack.extend(self._embedded(tokens, vectors, start), known, view, append=True)
+        embedded, hidden = self._embedded(tokens, vectors, start), [vectors[:0]]
+        kept = tuple(seen.upto(start) for seen in cache.kept)
+        size = max(1, PAIRS_A_VIEW // n) if n else 1
+        for begin in range(start, n, size):
+            end = min(begin + size, n)
+            rows, times = slice(begin, end), tokens.times
+            view = View.of(tokens.visible[rows], tokens.query_times[rows], times[rows], times[:end], self.stack.shape)
+            states, kept = self.stack.extend(embedded[begin - start : end - start], kept, view, append=True)
+            hidden.append(states)
         query = int(tokens.queries[0])
-        return Cache(tokens, at, kept, cache.acted if 0 <= query < start else _row(hidden, query - start))
+        return Cache(tokens, at, kept, cache.acted if 0 <= query < start else _row(torch.cat(hidden), query - start))
 
     def score(self, cache: Cache, candidate_vectors: Tensor) -> Tensor:
         """Logits f32[c, K] of candidates f32[c, D] shown at the cache's `at`."""
