@@ -13,7 +13,8 @@ export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check format crash-test crash-test-trainer cluster-test fuzz fuzz-weights
-.PHONY: bench-ingest bench-latency bench-restore bench-replay bench-table bench-delta bench-vocabulary clean
+.PHONY: bench-ingest bench-latency bench-restore bench-replay bench-table bench-delta bench-vocabulary
+.PHONY: bench-candidates clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -79,6 +80,9 @@ bench-table: $(VENV)/installed  ## ids per second to slots, beside a dict, id % 
 
 bench-vocabulary: $(VENV)/installed  ## quality under churn at equal memory: our table and its parts beside hashed and static ones
 	$(PY) -m tests.bench.vocabulary --data $(DATA) $(BENCH)
+
+bench-candidates: $(VENV)/installed  ## latency against 1 to 4096 candidates: with cache, in one pass, one by one; over HTTP
+	$(PY) -m tests.bench.candidates $(BENCH)
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist reports

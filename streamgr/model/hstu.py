@@ -16,14 +16,16 @@ and the `paper` projection a little wider than N(0, .02): SiLU then weighs all o
 layer starts as its mean and not as noise of either sign, which a stream seen once has no time to unlearn (a minute of
 the demo's world, four seeds: normalized entropy .90 to .91 instead of .91 to .96).
 
-What `forward` does for a batch, `extend` does for candidates after one history: the history's keys and values are
-computed once a layer, a candidate then sees all of them and, by a dot product, itself.
+What `forward` does for a batch, `extend` does for single rows after one history whose keys and values are at hand: a
+row sees what its `View` says of them and, by a dot product, itself. Rows that came later than the history are appended
+to it and see each other as far as they may; candidates (M-FALCON) are not, and never do.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,10 +33,12 @@ from torch.nn import functional as F
 from streamgr import config
 from streamgr.model import attention
 from streamgr.model.attention import Attend, time_bucket
+from streamgr.model.tokens import Ints
 
 EPS = 1e-6
 INIT_STD = 0.02
 PROJECTION_STD = 0.05
+PAIRS_A_PASS = 1 << 17  # of a row and a key, all heads: a micro-batch's scores stay in the processor's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,48 @@ class Seen:
     keys: Tensor
     values: Tensor
 
+    def upto(self, n: int) -> "Seen":
+        """Of the first n tokens."""
+        return Seen(self.keys[:n], self.values[:n])
+
+    def plus(self, keys: Tensor, values: Tensor) -> "Seen":
+        return Seen(torch.cat([self.keys, keys]), torch.cat([self.values, values]))
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What r rows see of a history: the same of `attention`, row by row; r = 1: all rows see the same.
+
+    columns i64[k]: the tokens that any of them sees, None: all; position, time i64[r, k]: buckets, own i64[r]: the time
+    bucket of a row to itself; mask f32[r, k], 1 for what is seen, None: everything.
+    """
+
+    columns: Tensor | None
+    position: Tensor
+    time: Tensor
+    own: Tensor
+    mask: Tensor | None
+
+    @classmethod
+    def of(cls, visible: Ints, asked: Ints, own: Ints, times: Ints, shape: attention.Shape) -> "View":
+        """visible, asked (query times), own (times) i64[r] of the rows; times i64[n] of the history. All ms."""
+        column = np.arange(len(times))
+        distance = visible[:, None] - column
+        seen = distance > 0
+        if shape.local_window:
+            seen &= (distance <= shape.local_window) | (column < shape.global_prefix)
+        elapsed = asked[:, None] - times
+        columns = np.flatnonzero(seen.any(0))
+        if sparse := len(columns) < len(times):
+            distance, seen, elapsed = distance[:, columns], seen[:, columns], elapsed[:, columns]
+        return cls(
+            torch.from_numpy(columns) if sparse else None,
+            torch.from_numpy(distance.clip(0, shape.positions - 1)),
+            time_bucket(torch.from_numpy(elapsed), shape.times).long(),
+            time_bucket(torch.from_numpy(asked - own), shape.times).long(),
+            None if seen.all() else torch.from_numpy(seen.astype(np.float32)),
+        )
+
 
 class Layer(nn.Module):
     """One HSTU layer over D channels; `attend` is one of the twins of `attention`."""
@@ -132,17 +178,35 @@ class Layer(nn.Module):
         attended = self.attend(q, k, v, self.position_bias, self.time_bias, plan)
         return self._finish(x, u, attended), Seen(k, v)
 
-    def extend(self, x: Tensor, seen: Seen, position: Tensor, time: Tensor) -> Tensor:
-        """Candidates f32[c, D] after a history; position, time i64[n]: the buckets of each history token, as seen by
-        them (an empty one where a token is not seen is the caller's matter)."""
+    def extend(self, x: Tensor, seen: Seen, view: View, *, append: bool) -> tuple[Tensor, Seen]:
+        """Rows f32[r, D] after a history -> f32[r, D], and the history, with the rows where they are appended to it."""
         u, v, q, k = self._project(x)
-        scores = torch.einsum("chd,nhd->hcn", q, seen.keys)
-        own = (q * k).sum(-1)
+        if append:
+            seen = seen.plus(k, v)
+        return self._finish(x, u, self._look(q, k, v, seen, view)), seen
+
+    def _look(self, q: Tensor, k: Tensor, v: Tensor, seen: Seen, view: View) -> Tensor:
+        """`attention` for some rows, f32[r, H, d], a micro-batch of them at a time."""
+        keys, values = seen.keys, seen.values
+        if view.columns is not None:
+            keys, values = keys.index_select(0, view.columns), values.index_select(0, view.columns)
+        keys, values = keys.permute(1, 2, 0), values.transpose(0, 1)
+        own, bias = (q * k).sum(-1), None
         if self.position_bias is not None and self.time_bias is not None:
-            scores = scores + (self.position_bias[position] + self.time_bias[time])
-            own = own + (self.position_bias[0] + self.time_bias[0])
-        attended = torch.einsum("hcn,nhd->chd", F.silu(scores), seen.values) + F.silu(own)[:, :, None] * v
-        return self._finish(x, u, attended)
+            own = own + (self.position_bias[0] + self.time_bias[view.own])[:, None]
+            bias = self.position_bias[view.position] + self.time_bias[view.time]
+        attended = F.silu(own)[:, :, None] * v
+        size = max(1, PAIRS_A_PASS // max(1, self.heads * keys.shape[2]))
+        for start in range(0, len(q), size):
+            batch = slice(start, start + size)
+            rows = batch if len(view.own) > 1 else slice(None)
+            queries = q[batch].transpose(0, 1)
+            scores = torch.bmm(queries, keys) if bias is None else torch.baddbmm(bias[rows], queries, keys)
+            weights = F.silu(scores, inplace=True)
+            if view.mask is not None:
+                weights *= view.mask[rows]
+            attended[batch] += torch.bmm(weights, values).transpose(0, 1)
+        return attended
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """u f32[T, D], v / N, q, k f32[T, H, d]"""
@@ -200,17 +264,13 @@ class Stack(nn.Module):
             kept.append(seen)
         return x, kept
 
-    def extend(self, x: Tensor, kept: Sequence[Seen], elapsed: Tensor) -> Tensor:
-        """Candidates f32[c, D] after a history whose tokens lie `elapsed` i64[n] ms back; blind to each other."""
-        n, shape = len(elapsed), self.shape
-        distance = torch.arange(n, 0, -1)
-        if shape.local_window:
-            near = ((distance <= shape.local_window) | (torch.arange(n) < shape.global_prefix)).nonzero().squeeze(1)
-            kept = [Seen(seen.keys[near], seen.values[near]) for seen in kept]
-            distance, elapsed = distance[near], elapsed[near]
-        position = distance.clamp_(max=shape.positions - 1)
-        time = time_bucket(elapsed, shape.times).long()
+    def extend(
+        self, x: Tensor, kept: Sequence[Seen], view: View, *, append: bool = False
+    ) -> tuple[Tensor, tuple[Seen, ...]]:
+        """Rows f32[r, D] after a history of which `kept` is known; appended to it, or blind to each other."""
+        known = []
         for layer, seen in zip(self.layers, kept, strict=True):
             assert isinstance(layer, Layer)
-            x = layer.extend(x, seen, position, time)
-        return x
+            x, seen = layer.extend(x, seen, view, append=append)
+            known.append(seen)
+        return x, tuple(known)

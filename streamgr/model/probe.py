@@ -35,4 +35,5 @@ def ask(recommender: Recommender, vectors: Tensor) -> Tensor:
     times = np.arange(1, HISTORY + 1, dtype=np.int64) * GAP_MS
     history = History(kinds, np.zeros(HISTORY, np.uint64), times, np.zeros(HISTORY, np.uint64))
     tokens = recommender.tokens(history, at := int(times[-1]) + GAP_MS, user=0)
-    return recommender.score(tokens, at, vectors[torch.arange(len(tokens)) % HISTORY], vectors[HISTORY:])
+    cache = recommender.prefill(tokens, at, vectors[torch.arange(len(tokens)) % HISTORY])
+    return recommender.score(cache, vectors[HISTORY:])

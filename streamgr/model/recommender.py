@@ -1,9 +1,10 @@
 """The recommender: one trunk over a user's tokens, heads for ranking and retrieval.
 
 A token is its id's vector * sqrt(D) plus the sum of the embeddings of its marks (which event it is, which actions were
-taken). `transduce` maps a whole jagged batch to hidden states in one pass (training); `score` maps one history and all
-its candidates (serving). The two are the same function: a candidate is an item token whose request time is `at`. The
-ids' vectors come from the ID table, as an argument.
+taken). `transduce` maps a whole jagged batch to hidden states in one pass (training). Serving is the same function, a
+candidate being an item token whose request time is `at`, in parts that can be kept: `prefill` makes a history's
+`Cache`, `extend` makes it that of the history as it is now, `score` and `retrieval_query` read it. With n tokens and c
+candidates the first costs O(n^2 D) and the last O(c n D). The ids' vectors come from the ID table, as an argument.
 """
 
 from collections.abc import Sequence
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 from streamgr import config
 from streamgr.events import IMPRESSION, History
 from streamgr.model import attention_blocks
+from streamgr.model.cache import Cache
 from streamgr.model.heads import RankingHead, RetrievalHead
-from streamgr.model.hstu import Encoding, Seen, Stack, normal
+from streamgr.model.hstu import Encoding, Seen, Stack, View, normal
 from streamgr.model.tokens import Layout, Tokens, tokenize
 
-CANDIDATES_A_PASS = 512
 MARK_STD = 0.3  # what a user did must stand out from which item it was
 LONG_AGO_MS = 1 << 62
+PAIRS_A_VIEW = 1 << 20  # of an appended row and a token before it: more rows are appended in parts
 
 
 class Recommender(nn.Module):
@@ -61,41 +63,70 @@ class Recommender(nn.Module):
         queries: Tensor = self.retrieval(hidden, index)
         return queries
 
-    def score(self, tokens: Tokens, at: int, vectors: Tensor, candidate_vectors: Tensor) -> Tensor:
-        """Logits f32[c, K] of candidates f32[c, D] shown at `at` (ms), after `tokens` of vectors f32[n, D]."""
+    def prefill(self, tokens: Tokens, at: int, vectors: Tensor) -> Cache:
+        """What is known of a history after one pass over it: `tokens(…)` of it at `at` (ms), of vectors f32[n, D]."""
         hidden, kept = self._run(tokens, vectors)
-        elapsed = torch.from_numpy(at - tokens.times)
-        parts = [
-            self.rank(self.stack.extend(self._candidates(part, tokens, at), kept, elapsed))
-            for part in torch.split(candidate_vectors, CANDIDATES_A_PASS)
-        ]
-        return torch.cat(parts) if parts else hidden.new_zeros(0, len(self.actions))
+        return Cache(tokens, at, tuple(kept), _row(hidden, int(tokens.queries[0])))
 
-    def retrieval_query(self, tokens: Tokens, vectors: Tensor) -> Tensor:
-        """The query f32[D], of length 1, after `tokens(…)`: off the last action, else the start query."""
-        return self.queries(self.transduce(tokens, vectors), torch.from_numpy(tokens.queries))[0]
+    def extend(self, cache: Cache, tokens: Tokens, at: int, vectors: Tensor) -> Cache:
+        """The same as `prefill(tokens, at, …)`, of vectors f32[r, D] of the last r tokens alone.
+
+        The n - r before them are taken from a cache of the same weights; at most `cache.reusable(tokens)` may be.
+        """
+        n, start, known = len(tokens), len(tokens) - len(vectors), cache.reusable(tokens)
+        if not 0 <= start <= known:
+            raise ValueError(f"the vectors of {len(vectors)} of {n} tokens, when the cache holds for the first {known}")
+        if start == n == len(cache.tokens):  # nothing new, and no row asks for the time of what comes next
+            return Cache(tokens, at, cache.kept, cache.acted)
+        embedded, hidden = self._embedded(tokens, vectors, start), [vectors[:0]]
+        kept = tuple(seen.upto(start) for seen in cache.kept)
+        size = max(1, PAIRS_A_VIEW // n) if n else 1
+        for begin in range(start, n, size):
+            end = min(begin + size, n)
+            rows, times = slice(begin, end), tokens.times
+            view = View.of(tokens.visible[rows], tokens.query_times[rows], times[rows], times[:end], self.stack.shape)
+            states, kept = self.stack.extend(embedded[begin - start : end - start], kept, view, append=True)
+            hidden.append(states)
+        query = int(tokens.queries[0])
+        return Cache(tokens, at, kept, cache.acted if 0 <= query < start else _row(torch.cat(hidden), query - start))
+
+    def score(self, cache: Cache, candidate_vectors: Tensor) -> Tensor:
+        """Logits f32[c, K] of candidates f32[c, D] shown at the cache's `at`."""
+        times, at = cache.tokens.times, np.array([cache.at])
+        visible = np.array([len(times)])
+        embedded = self._embed(candidate_vectors, np.full(len(candidate_vectors), 1 << IMPRESSION))
+        if self.encoding is not None:
+            waited = at - times[-1:] if len(times) else np.array([LONG_AGO_MS])
+            embedded = embedded + self.encoding(torch.from_numpy(visible), torch.from_numpy(waited))
+        view = View.of(visible, at, at, times, self.stack.shape)
+        return self.rank(self.stack.extend(embedded, cache.kept, view)[0])
+
+    def retrieval_query(self, cache: Cache) -> Tensor:
+        """The query f32[D], of length 1: off the last action, else the start query."""
+        return self.queries(cache.acted, torch.tensor([len(cache.acted) - 1]))[0]
 
     def _run(self, tokens: Tokens, vectors: Tensor) -> tuple[Tensor, list[Seen]]:
-        plan = attention_blocks.plan(tokens, self.stack.shape)
-        embedded = self._embed(vectors, tokens.marks)
-        if self.encoding is not None:
-            start = np.repeat(tokens.offsets[:-1], np.diff(tokens.offsets))
-            last = tokens.times[start + np.maximum(tokens.visible - 1, 0)]
-            asked = np.where(tokens.provisional, tokens.times, tokens.query_times)
-            waited = np.where(tokens.visible > 0, asked - last, LONG_AGO_MS)
-            embedded = embedded + self.encoding(torch.from_numpy(tokens.visible), torch.from_numpy(waited))
-        hidden, kept = self.stack(embedded, plan)
+        hidden, kept = self.stack(self._embedded(tokens, vectors), attention_blocks.plan(tokens, self.stack.shape))
         return hidden, kept
 
-    def _candidates(self, vectors: Tensor, tokens: Tokens, at: int) -> Tensor:
-        embedded = self._embed(vectors, np.full(len(vectors), 1 << IMPRESSION))
+    def _embedded(self, tokens: Tokens, vectors: Tensor, start: int = 0) -> Tensor:
+        """f32[T - start, D]: the tokens from `start` on, of which these are the ids' vectors."""
+        embedded = self._embed(vectors, tokens.marks[start:])
         if self.encoding is not None:
-            n = len(tokens)
-            waited = at - int(tokens.times[-1]) if n else LONG_AGO_MS
-            embedded = embedded + self.encoding(torch.tensor([n]), torch.tensor([waited]))
+            visible = tokens.visible[start:]
+            first = np.repeat(tokens.offsets[:-1], np.diff(tokens.offsets))[start:]
+            last = tokens.times[first + np.maximum(visible - 1, 0)]
+            asked = np.where(tokens.provisional, tokens.times, tokens.query_times)[start:]
+            waited = np.where(visible > 0, asked - last, LONG_AGO_MS)
+            embedded = embedded + self.encoding(torch.from_numpy(visible), torch.from_numpy(waited))
         return embedded
 
     def _embed(self, vectors: Tensor, marks: "np.typing.NDArray[np.int64]") -> Tensor:
         bits = torch.from_numpy(marks[:, None] >> np.arange(self.layout.marks) & 1).to(vectors.dtype)
         embedded: Tensor = torch.addmm(vectors * self.settings.dim**0.5, bits, self.marks)
         return embedded
+
+
+def _row(hidden: Tensor, index: int) -> Tensor:
+    """f32[1, D]: a copy of one row; f32[0, D] for a negative index."""
+    return hidden[max(index, 0) : index + 1].clone()

@@ -29,6 +29,7 @@ from streamgr.clock import Clock
 from streamgr.events import item_key
 from streamgr.model.table import ITEM
 from streamgr.serve.copies import Architecture, Copy
+from streamgr.serve.kv_cache import KvCache
 from streamgr.serve.undo import UndoRing
 from streamgr.telemetry import DURATION_BUCKETS, HORIZON, Log, gauge, histogram
 from streamgr.weights.manifest import Learned, Manifest, Reason, Rejected
@@ -44,13 +45,15 @@ UNDO_BYTES = gauge("weights_undo_bytes", "What the undo ring holds.")
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """One version as requests see it. rows i64[k] and keys u64[k]: the live items, rows ascending."""
+    """One version as requests see it. rows i64[k] and keys u64[k]: the live items, rows ascending; caches: of the
+    histories that went through these weights."""
 
     manifest: Manifest
     architecture: Architecture
     copy: Copy
     rows: torch.Tensor
     keys: NDArray[np.uint64]
+    caches: KvCache
 
     @property
     def actions(self) -> tuple[str, ...]:
@@ -78,6 +81,7 @@ class LiveWeights:
         self._free = threading.Condition()
         self._live: Served | None = None
         self._spare: Copy | None = None  # at the live version too
+        self._cache_bytes = settings.cache_bytes
         self._ring = UndoRing(settings.undo_versions, settings.undo_bytes)
 
     @property
@@ -182,8 +186,11 @@ class LiveWeights:
     ) -> None:
         """Serve this copy from now on."""
         rows, keys = copy.table.live(manifest.watermark_ms, ITEM)
-        back = self._live is not None and manifest.order < self._live.manifest.order
-        self._live = Served(manifest, architecture, copy, torch.from_numpy(rows), keys)
+        old, caches = self._live, KvCache(self._cache_bytes)
+        back = old is not None and manifest.order < old.manifest.order
+        self._live = Served(manifest, architecture, copy, torch.from_numpy(rows), keys, caches)
+        if old is not None:
+            old.caches.close()
         seconds, now = self._clock.monotonic() - started, self._clock.now_ms()
         SWAP.observe(seconds)
         VERSION.labels("scorer").set(manifest.version)

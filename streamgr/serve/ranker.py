@@ -2,6 +2,9 @@
 
 A candidate stands at serving where a target stood in training: after every event earlier than its request time `at`,
 blind to the other candidates. So the same weights give the same probability to both (decision 1).
+
+What the weights make of a history is kept between requests (`kv_cache`). It changes no answer but through the window:
+`history_length` events without a cache, up to a slack more with one; `sequence_length` in the answer says how many.
 """
 
 import math
@@ -14,10 +17,12 @@ from numpy.typing import NDArray
 from streamgr.clock import Clock
 from streamgr.config import Config
 from streamgr.errors import ConfigError
-from streamgr.events import PROFILE, History, user_key
+from streamgr.events import History, user_key
+from streamgr.model.cache import Cache
 from streamgr.serve import wire
+from streamgr.serve.kv_cache import Outcome, events
 from streamgr.serve.model import LiveWeights, Served, item_keys
-from streamgr.serve.retrieval import best_first, similarities
+from streamgr.serve.retrieval import Items, nearest
 from streamgr.telemetry import counter, histogram
 
 MODEL_AGE = histogram("score_model_age_seconds", "At each answer: now - horizon of its weights (the SLI).")
@@ -47,7 +52,9 @@ class Ranker:
     def __init__(self, config: Config, clock: Clock, weights: LiveWeights, sequences: Sequences) -> None:
         self._clock, self._weights, self._sequences = clock, weights, sequences
         self._actions = config.sequence.actions
-        self._history_length = config.sequence.history_length
+        self._least = config.sequence.history_length
+        slack = config.scorer.cache_slack if config.scorer.cache_bytes else 0.0
+        self._most = int(self._least * (1 + slack))
         self._event_clock = config.scorer.clock == "event"
         self._task_weights = _task_weights(config)
 
@@ -55,57 +62,73 @@ class Ranker:
         """The candidates, best first. Raises `InvalidRequest` and `NoWeights`."""
         tasks = self._tasks(ask.tasks)
         at = self._at(ask.at)
-        texts = list(dict.fromkeys(map(str, ask.candidates)))
-        history = self._sequences.history(str(ask.user_id), at, self._history_length)
+        texts, user = list(dict.fromkeys(map(str, ask.candidates))), str(ask.user_id)
+        history = self._sequences.history(user, at, self._most)
         with self._weights.lease() as served, torch.inference_mode():
-            recommender = served.copy.recommender
-            tokens = recommender.tokens(history, at, user_key(str(ask.user_id)))
-            vectors, unknown = served.vectors(np.concatenate([tokens.keys, item_keys(texts)]))
-            n = len(tokens)
-            logits = recommender.score(tokens, at, vectors[:n], vectors[n:])
+            cache, length = self._been_through(served, user, at, history)
+            vectors, unknown = served.vectors(item_keys(texts))
+            logits = served.copy.recommender.score(cache, vectors)
             probabilities = torch.sigmoid(logits.double()).numpy()[:, [self._actions.index(task) for task in tasks]]
         CANDIDATES.inc(len(texts))
-        UNKNOWN.inc(int(unknown[n:].sum()))
+        UNKNOWN.inc(int(unknown.sum()))
         scores = probabilities @ np.array([self._task_weights[task] for task in tasks])
         order = sorted(range(len(texts)), key=lambda i: (-scores[i], texts[i]))[: ask.k]
         items = [
             wire.Item(texts[i], float(scores[i]), dict(zip(tasks, probabilities[i].tolist(), strict=True)))
             for i in order
         ]
-        return self._answer(items, served, _events(history))
+        return self._answer(items, served, length)
 
     def retrieve(self, ask: wire.RetrieveRequest) -> wire.Answer:
         """The best of all live items. Raises `InvalidRequest` and `NoWeights`."""
-        k = ask.k or 10
-        exclude_seen = ask.exclude_seen is not False
+        exclude_seen, user = ask.exclude_seen is not False, str(ask.user_id)
         at = self._at(ask.at)
-        user = str(ask.user_id)
-        history = self._sequences.history(user, at, self._history_length)
-        seen = self._sequences.history(user, at, SEEN_EVENTS).items if exclude_seen else history.items
+        seen = self._sequences.history(user, at, max(self._most, SEEN_EVENTS) if exclude_seen else self._most)
         with self._weights.lease() as served, torch.inference_mode():
-            recommender = served.copy.recommender
-            tokens = recommender.tokens(history, at, user_key(str(ask.user_id)))
-            vectors, _ = served.vectors(tokens.keys)
-            query = recommender.retrieval_query(tokens, vectors)
-            scores = similarities(query, served.copy.table.weight, served.copy.inverse_norms, served.rows)
-            keys = served.keys
-        if exclude_seen:
-            unseen = ~np.isin(keys, seen)
-            scores, keys = scores[unseen], keys[unseen]
-        return self._answer(self._named(scores, keys, k), served, _events(history))
+            cache, length = self._been_through(served, user, at, seen)
+            query = served.copy.recommender.retrieval_query(cache)
+            items = self._named(query, served, ask.k or 10, seen.items if exclude_seen else seen.items[:0])
+        return self._answer(items, served, length)
 
-    def _named(self, scores: NDArray[np.float32], keys: NDArray[np.uint64], k: int) -> list[wire.Item]:
-        """The best k whose text is known here; the others are counted."""
-        items: list[wire.Item] = []
-        for i in best_first(scores, keys, 2 * k):
-            text = self._sequences.item_text(int(keys[i]))
-            if text is None:
-                TEXTLESS.inc()
-                continue
-            items.append(wire.Item(text, float(scores[i])))
-            if len(items) == k:
-                break
-        return items
+    def _been_through(self, served: Served, user: str, at: int, history: History) -> tuple[Cache, int]:
+        """What these weights make of a user's history at `at`, and of how many events; `history`: `_most`, or more."""
+        entry = served.caches.get(user)
+        length = entry.goes_on(history, self._least, self._most) if entry else None
+        length = min(self._least, events(history)) if length is None else length
+        # asked anew, not cut: what a window knows of its user's features depends on where it begins
+        window = history if events(history) == length else self._sequences.history(user, at, length)
+        recommender = served.copy.recommender
+        tokens = recommender.tokens(window, at, user_key(user))
+        n, start = len(tokens), entry.cache.reusable(tokens) if entry else 0
+        outcome: Outcome = "miss"
+        if entry is not None and 0 < n <= 2 * start:
+            cache = recommender.extend(entry.cache, tokens, at, served.vectors(tokens.keys[start:])[0])
+            outcome = "hit" if n - start <= 1 and n == len(entry.cache.tokens) else "extended"
+        else:  # one pass over everything is cheaper than appending most of it
+            cache = recommender.prefill(tokens, at, served.vectors(tokens.keys)[0])
+        served.caches.keep(user, window, cache, outcome)
+        return cache, events(window)
+
+    def _named(self, query: torch.Tensor, served: Served, k: int, seen: NDArray[np.uint64]) -> list[wire.Item]:
+        """The best k that are not seen and whose text is known here; live items without one are counted."""
+        catalogue = Items(served.copy.table.weight, served.copy.inverse_norms, served.rows, served.keys)
+        asked = 2 * k
+        while True:
+            best = nearest(query[None], catalogue, asked, [seen])[0]
+            items: list[wire.Item] = []
+            textless = 0
+            for i, score in zip(best.index, best.scores, strict=True):
+                text = self._sequences.item_text(int(served.keys[i]))
+                if text is None:
+                    textless += 1
+                elif len(items) < k:
+                    items.append(wire.Item(text, float(score)))
+                if len(items) == k:
+                    break
+            if len(items) == k or len(best.index) < asked:
+                TEXTLESS.inc(textless)
+                return items
+            asked *= 8
 
     def _answer(self, items: list[wire.Item], served: Served, events: int) -> wire.Answer:
         age = served.age_seconds(self._clock.now_ms())
@@ -136,8 +159,3 @@ def _task_weights(config: Config) -> dict[str, float]:
             remedy=f"name only `sequence.actions`: {', '.join(actions)}",
         )
     return {task: given.get(task, 0.0) if given else 1.0 for task in actions}
-
-
-def _events(history: History) -> int:
-    """How many of its rows are events."""
-    return int((history.kinds != PROFILE).sum())

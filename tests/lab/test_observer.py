@@ -42,8 +42,9 @@ def test_it_answers_as_the_scorer_would_at_the_time_of_the_request(live: LiveWei
             tokens = recommender.tokens(seen, NOW - 5000, 0)
             known, _ = served.vectors(seen.items)
             asked, cold = served.vectors(one.history.items[3:5])
-            p = torch.sigmoid(recommender.score(tokens, NOW - 5000, known, asked)).numpy()
-            query = recommender.retrieval_query(tokens, known)
+            cache = recommender.prefill(tokens, NOW - 5000, known)
+            p = torch.sigmoid(recommender.score(cache, asked)).numpy()
+            query = recommender.retrieval_query(cache)
             weight = served.copy.table.weight[served.rows]
             similar = (torch.nn.functional.normalize(weight, dim=1) @ query).numpy()
     assert cold.tolist() == [False, True]

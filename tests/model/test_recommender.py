@@ -9,7 +9,7 @@ from torch import Tensor
 
 from streamgr import config
 from streamgr.events import IMPRESSION, History
-from streamgr.model import recommender
+from streamgr.model import hstu
 from streamgr.model.recommender import Recommender
 from streamgr.model.tokens import Layout, Tokens, request_times, visible
 from streamgr.model.tokens import tokenize as lay_out
@@ -25,11 +25,11 @@ def tokenize(histories: Sequence[History]) -> Tokens:
 
 
 def score(made: Recommender, history: History, at: int, known: Tensor, candidates: Tensor) -> Tensor:
-    return made.score(made.tokens(history, at, 0), at, known, candidates)
+    return made.score(made.prefill(made.tokens(history, at, 0), at, known), candidates)
 
 
 def query(made: Recommender, history: History, at: int, known: Tensor) -> Tensor:
-    return made.retrieval_query(made.tokens(history, at, 0), known)
+    return made.retrieval_query(made.prefill(made.tokens(history, at, 0), at, known))
 
 
 def model(seed: int = 1) -> Recommender:
@@ -162,7 +162,7 @@ def test_candidates_are_blind_to_each_other_however_many_there_are(monkeypatch: 
     whole = score(made, history, at, vectors(history), ITEMS)
     shuffled = torch.randperm(64, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(score(made, history, at, vectors(history), ITEMS[shuffled]), whole[shuffled])
-    monkeypatch.setattr(recommender, "CANDIDATES_A_PASS", 7)
+    monkeypatch.setattr(hstu, "PAIRS_A_PASS", 7 * SETTINGS.heads * len(history))
     torch.testing.assert_close(score(made, history, at, vectors(history), ITEMS), whole)
 
 

@@ -156,7 +156,7 @@ class Service:
 
     def __post_init__(self) -> None:
         self.log, self.clock = log_and_clock()
-        self.live = LiveWeights(self.config.sequence.actions, self.clock, self.log)
+        self.live = LiveWeights(self.config.sequence.actions, self.clock, self.log, self.config.scorer)
         self.ranker = Ranker(self.config, self.clock, self.live, self.sequences)
         self.health = Health("scorer", self.clock, "weights")
         self.pool = ThreadPoolExecutor(self.config.scorer.threads)
