@@ -1,0 +1,91 @@
+"""The Transformer as sequence recommenders use it (SASRec, arXiv 1808.09781), causal, over jagged batches.
+
+    x = x + dropout(out(softmax(q k^T / sqrt(d)) v))       q from the norm of x; k, v too
+    x = x + dropout(down(dropout(act(up(norm(x))))))       hidden = D and ReLU in SASRec, 4 D elsewhere
+    y = norm(x)
+
+All before a position and itself are seen, nothing later: the same `Tokens` and masks as HSTU's, without window. The
+attention weights have no dropout of their own, as HSTU's have none. Sequences of like length are padded side by side
+(`jagged.blocks`); a padded key stands after every real query of its row, so causality alone hides it.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from streamgr.model import jagged
+from streamgr.model.hstu import EPS, normal
+from streamgr.model.tokens import Tokens
+
+PAIRS_A_BLOCK = 1 << 19  # scaled_dot_product_attention never holds them all
+
+
+class Plan:
+    """A batch's blocks: `tokens` i64[b, n] of each, its `cells` and `cell_tokens` i64[k]: the real ones."""
+
+    def __init__(self, tokens: Tokens) -> None:
+        lengths = np.diff(tokens.offsets)
+        if not np.array_equal(tokens.visible, np.arange(len(tokens)) - np.repeat(tokens.offsets[:-1], lengths)):
+            raise ValueError("a causal Transformer sees all that is before a token: `visible` says otherwise")
+        self.blocks = []
+        for block in jagged.blocks(tokens.offsets, PAIRS_A_BLOCK):
+            cells = torch.from_numpy(np.flatnonzero(block.real))
+            flat = torch.from_numpy(block.tokens.reshape(-1))
+            self.blocks.append((torch.from_numpy(block.tokens), cells, flat[cells]))
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each before a norm and beside a residual."""
+
+    def __init__(self, dim: int, heads: int, hidden: int, dropout: float, generator: torch.Generator) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm, self.inner_norm = nn.LayerNorm(dim, EPS), nn.LayerNorm(dim, EPS)
+        self.qkv, self.out = xavier((dim, 3 * dim), generator), xavier((dim, dim), generator)
+        self.up, self.down = xavier((dim, hidden), generator), xavier((hidden, dim), generator)
+        self.qkv_bias, self.out_bias = nn.Parameter(torch.zeros(3 * dim)), nn.Parameter(torch.zeros(dim))
+        self.up_bias, self.down_bias = nn.Parameter(torch.zeros(hidden)), nn.Parameter(torch.zeros(dim))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, plan: Plan) -> Tensor:
+        """f32[T, D] -> f32[T, D]"""
+        qkv = torch.addmm(self.qkv_bias, self.norm(x), self.qkv)
+        x = x + self.dropout(torch.addmm(self.out_bias, self._attend(qkv, plan), self.out))
+        inner = self.dropout(F.relu(torch.addmm(self.up_bias, self.inner_norm(x), self.up)))
+        return x + self.dropout(torch.addmm(self.down_bias, inner, self.down))
+
+    def _attend(self, qkv: Tensor, plan: Plan) -> Tensor:
+        parts, places = [], []
+        for tokens, cells, cell_tokens in plan.blocks:
+            b, n = tokens.shape
+            block = qkv.index_select(0, tokens.view(-1)).view(b, n, 3, self.heads, -1)
+            q, k, v = block.permute(2, 0, 3, 1, 4).unbind(0)
+            seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            parts.append(seen.transpose(1, 2).reshape(b * n, -1).index_select(0, cells))
+            places.append(cell_tokens)
+        return torch.cat(parts).index_select(0, torch.argsort(torch.cat(places)))
+
+
+class Transformer(nn.Module):
+    """The layers and the last norm."""
+
+    def __init__(
+        self, dim: int, heads: int, layers: int, hidden: int, dropout: float, generator: torch.Generator
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(dim, heads, hidden, dropout, generator) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim, EPS)
+
+    def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """f32[T, D] -> f32[T, D]"""
+        plan = Plan(tokens)
+        for layer in self.layers:
+            x = layer(x, plan)
+        out: Tensor = self.norm(x)
+        return out
+
+
+def xavier(shape: tuple[int, int], generator: torch.Generator) -> nn.Parameter:
+    """N(0, 2 / (in + out))."""
+    return normal(shape, generator, (2 / sum(shape)) ** 0.5)
