@@ -22,17 +22,29 @@ PAIRS_A_BLOCK = 1 << 19  # scaled_dot_product_attention never holds them all
 
 
 class Plan:
-    """A batch's blocks: `tokens` i64[b, n] of each, its `cells` and `cell_tokens` i64[k]: the real ones."""
+    """A batch's blocks: tokens i64[b, n] of each, and its real cells i64[k]; back i64[T]: where each token is in them."""
 
     def __init__(self, tokens: Tokens) -> None:
         lengths = np.diff(tokens.offsets)
         if not np.array_equal(tokens.visible, np.arange(len(tokens)) - np.repeat(tokens.offsets[:-1], lengths)):
             raise ValueError("a causal Transformer sees all that is before a token: `visible` says otherwise")
-        self.blocks = []
+        self.blocks, places = [], []
         for block in jagged.blocks(tokens.offsets, PAIRS_A_BLOCK):
-            cells = torch.from_numpy(np.flatnonzero(block.real))
-            flat = torch.from_numpy(block.tokens.reshape(-1))
-            self.blocks.append((torch.from_numpy(block.tokens), cells, flat[cells]))
+            cells = np.flatnonzero(block.real)
+            self.blocks.append((torch.from_numpy(block.tokens), torch.from_numpy(cells)))
+            places.append(block.tokens.reshape(-1)[cells])
+        self.back = torch.from_numpy(np.argsort(np.concatenate(places)))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v over what is before each token and itself: f32[T, H, d] all."""
+    parts = []
+    for tokens, cells in plan.blocks:
+        b, n = tokens.shape
+        block = (x.index_select(0, tokens.view(-1)).view(b, n, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+        seen = F.scaled_dot_product_attention(*block, is_causal=True)
+        parts.append(seen.transpose(1, 2).reshape(b * n, *v.shape[1:]).index_select(0, cells))
+    return torch.cat(parts).index_select(0, plan.back)
 
 
 class Layer(nn.Module):
@@ -50,21 +62,10 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, plan: Plan) -> Tensor:
         """f32[T, D] -> f32[T, D]"""
-        qkv = torch.addmm(self.qkv_bias, self.norm(x), self.qkv)
-        x = x + self.dropout(torch.addmm(self.out_bias, self._attend(qkv, plan), self.out))
+        q, k, v = torch.addmm(self.qkv_bias, self.norm(x), self.qkv).view(len(x), 3, self.heads, -1).unbind(1)
+        x = x + self.dropout(torch.addmm(self.out_bias, attend(q, k, v, plan).reshape(x.shape), self.out))
         inner = self.dropout(F.relu(torch.addmm(self.up_bias, self.inner_norm(x), self.up)))
         return x + self.dropout(torch.addmm(self.down_bias, inner, self.down))
-
-    def _attend(self, qkv: Tensor, plan: Plan) -> Tensor:
-        parts, places = [], []
-        for tokens, cells, cell_tokens in plan.blocks:
-            b, n = tokens.shape
-            block = qkv.index_select(0, tokens.view(-1)).view(b, n, 3, self.heads, -1)
-            q, k, v = block.permute(2, 0, 3, 1, 4).unbind(0)
-            seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            parts.append(seen.transpose(1, 2).reshape(b * n, -1).index_select(0, cells))
-            places.append(cell_tokens)
-        return torch.cat(parts).index_select(0, torch.argsort(torch.cat(places)))
 
 
 class Transformer(nn.Module):
