@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from streamgr import config
 from streamgr.lab.baselines import transformer
+from streamgr.lab.full_softmax import full_softmax
 from streamgr.lab.leave_one_out import Windows
 from streamgr.model import attention_blocks
 from streamgr.model.attention import Attend
@@ -128,7 +129,7 @@ class Recommender(nn.Module):
         queries, catalogue = self.queries(given), self.catalogue()
         following = torch.from_numpy(given.following)
         if not self.shape.negatives:
-            return F.cross_entropy(queries @ catalogue.T, following)
+            return full_softmax(queries, catalogue, following)[0]
         drawn = torch.from_numpy(rng.choice(len(catalogue), self.shape.negatives, replace=False))
         own = (queries * F.embedding(following, catalogue)).sum(1, keepdim=True)
         others = (queries @ catalogue[drawn].T).masked_fill(following[:, None] == drawn, -torch.inf)

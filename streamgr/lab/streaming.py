@@ -11,10 +11,10 @@ import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional as F
 
 from streamgr.events import FIRST_ACTION
 from streamgr.lab.dirichlet import Records
+from streamgr.lab.full_softmax import full_softmax
 from streamgr.lab.leave_one_out import Windows
 from streamgr.lab.sequential import Recommender, Shape
 from streamgr.model.table import ITEM
@@ -56,17 +56,15 @@ def run(model: str, records: Records, shape: Shape, recipe: Recipe, seed: int) -
         part = records.items[start : start + recipe.records_a_step]
         live = int(records.available[start : start + len(part)].max())
         given = windows(part)
-        scores = network.queries(given) @ network.catalogue()[:live].T
-        target = torch.from_numpy(given.following)
-        with torch.no_grad():
-            rank = (~(scores < scores.gather(1, target[:, None]))).sum(1)  # ties, and what is not finite, against it
-            hits = torch.stack([rank <= cut for cut in CUTOFFS], 1).double()
-            new = hits[target >= first]
-        loss = F.cross_entropy(scores, target)
+        loss, rank = full_softmax(
+            network.queries(given), network.catalogue()[:live], torch.from_numpy(given.following)
+        )
+        hits = np.stack([rank.numpy() <= cut for cut in CUTOFFS], 1).astype(float)
+        new = hits[given.following >= first]
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        rows.append((*hits.mean(0).tolist(), *new.mean(0).tolist(), float(loss.detach())))
+        rows.append((*hits.mean(0), *(new.mean(0) if len(new) else (np.nan, np.nan)), float(loss.detach())))
     table = np.array(rows)
     return Course(table[:, :2], table[:, 2:4], table[:, 4], time.process_time() - started)
 
