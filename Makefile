@@ -13,7 +13,8 @@ export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check format crash-test crash-test-trainer cluster-test fuzz fuzz-weights
-.PHONY: bench-ingest bench-latency bench-restore bench-replay bench-table bench-delta bench-vocabulary clean
+.PHONY: bench-ingest bench-latency bench-restore bench-replay bench-table bench-delta bench-vocabulary
+.PHONY: bench-offline bench-streaming bench-ablations clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -79,6 +80,15 @@ bench-table: $(VENV)/installed  ## ids per second to slots, beside a dict, id % 
 
 bench-vocabulary: $(VENV)/installed  ## quality under churn at equal memory: our table and its parts beside hashed and static ones
 	$(PY) -m tests.bench.vocabulary --data $(DATA) $(BENCH)
+
+bench-offline: $(VENV)/installed  ## HSTU beside SASRec in one trainer, leave one out (ML-1M, ML-100K, latest-small); goes on where it was
+	$(PY) -m tests.bench.offline --data $(DATA) $(BENCH)
+
+bench-streaming: $(VENV)/installed  ## attention with and without softmax, and Transformers, on a vocabulary that grows, one pass
+	$(PY) -m tests.bench.streaming $(BENCH)
+
+bench-ablations: $(VENV)/installed  ## what each part of the model is worth on our own streams
+	$(PY) -m tests.bench.ablations --data $(DATA) $(BENCH)
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist reports

@@ -69,10 +69,10 @@ def available_of(category: Ints, chosen: Ints, available: Ints) -> tuple[Ints, I
     return place - begins[chosen], by_category, begins
 
 
-def generate(records: int, length: int, items: int, categories: int, seed: int, most: int = 5) -> Records:
+def generate(records: int, length: int, items: int, categories: int, seed: int, *, most: int = 5) -> Records:
     """`records` records of `length`; `most`: categories of a record at most. Same seed, same stream."""
-    if items * AT_FIRST < categories or items % categories:
-        raise ValueError(f"{items} items do not fill {categories} categories evenly, 40 % of them at first")
+    if items * AT_FIRST < categories or items % categories or categories < most:
+        raise ValueError(f"{items} items do not fill {categories} categories evenly from the beginning, or < {most}")
     rng = np.random.default_rng(seed)
     category = rng.permutation(items) % categories
     for one in np.setdiff1d(np.arange(categories), category[: int(items * AT_FIRST)]):

@@ -57,7 +57,7 @@ class Interactions:
 
 
 def read(path: Path) -> Interactions:
-    """A log with the columns ts_ms, user and item (.csv.gz), or a line of items a user after the user's id (.txt.gz)."""
+    """A log with columns ts_ms, user and item (.csv.gz), or a line a user: the user's id, then items (.txt.gz)."""
     try:
         with gzip.open(path, "rt") as file:
             if path.name.endswith(".csv.gz"):

@@ -28,7 +28,7 @@ from streamgr.lab.full_softmax import full_softmax
 from streamgr.lab.leave_one_out import Windows
 from streamgr.model import attention_blocks
 from streamgr.model.attention import Attend
-from streamgr.model.hstu import Stack, normal
+from streamgr.model.hstu import Layer, Stack, normal
 from streamgr.model.tokens import Tokens
 
 
@@ -57,7 +57,8 @@ class Hstu(nn.Module):
         )
         self.stack, self._plan = Stack(settings, generator, attend), plan
         for layer in self.stack.layers:  # dropout(norm(attended) * u) = dropout(norm(attended)) * u
-            layer.attended_norm = nn.Sequential(layer.attended_norm, nn.Dropout(shape.dropout))
+            assert isinstance(layer, Layer)
+            layer.attended_norm = nn.Sequential(layer.attended_norm, nn.Dropout(shape.dropout))  # type: ignore[assignment]
 
     def forward(self, x: Tensor, tokens: Tokens) -> Tensor:
         out: Tensor = self.stack(x, self._plan(tokens))[0]
@@ -88,7 +89,7 @@ def hstu_softmax(shape: Shape, generator: torch.Generator) -> nn.Module:
 def widened(times: int) -> Callable[[Shape, torch.Generator], nn.Module]:
     """A Transformer with a feed-forward of so many times its width."""
     return lambda shape, generator: transformer.Transformer(
-        shape.dim, shape.heads, shape.layers, times * shape.dim, shape.dropout, generator
+        shape.dim, shape.heads, shape.layers, generator, hidden=times * shape.dim, dropout=shape.dropout
     )
 
 

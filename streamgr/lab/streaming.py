@@ -56,9 +56,7 @@ def run(model: str, records: Records, shape: Shape, recipe: Recipe, seed: int) -
         part = records.items[start : start + recipe.records_a_step]
         live = int(records.available[start : start + len(part)].max())
         given = windows(part)
-        loss, rank = full_softmax(
-            network.queries(given), network.catalogue()[:live], torch.from_numpy(given.following)
-        )
+        loss, rank = full_softmax(network.queries(given), network.catalogue()[:live], torch.from_numpy(given.following))
         hits = np.stack([rank.numpy() <= cut for cut in CUTOFFS], 1).astype(float)
         new = hits[given.following >= first]
         optimizer.zero_grad(set_to_none=True)

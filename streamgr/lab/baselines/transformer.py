@@ -22,7 +22,7 @@ PAIRS_A_BLOCK = 1 << 19  # scaled_dot_product_attention never holds them all
 
 
 class Plan:
-    """A batch's blocks: tokens i64[b, n] of each, and its real cells i64[k]; back i64[T]: where each token is in them."""
+    """A batch's blocks: tokens i64[b, n] and real cells i64[k] of each; back i64[T]: where each token is in them."""
 
     def __init__(self, tokens: Tokens) -> None:
         lengths = np.diff(tokens.offsets)
@@ -41,8 +41,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
     parts = []
     for tokens, cells in plan.blocks:
         b, n = tokens.shape
-        block = (x.index_select(0, tokens.view(-1)).view(b, n, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-        seen = F.scaled_dot_product_attention(*block, is_causal=True)
+        flat = tokens.view(-1)
+        bq, bk, bv = (x.index_select(0, flat).view(b, n, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+        seen = F.scaled_dot_product_attention(bq, bk, bv, is_causal=True)
         parts.append(seen.transpose(1, 2).reshape(b * n, *v.shape[1:]).index_select(0, cells))
     return torch.cat(parts).index_select(0, plan.back)
 
@@ -65,15 +66,16 @@ class Layer(nn.Module):
         q, k, v = torch.addmm(self.qkv_bias, self.norm(x), self.qkv).view(len(x), 3, self.heads, -1).unbind(1)
         x = x + self.dropout(torch.addmm(self.out_bias, attend(q, k, v, plan).reshape(x.shape), self.out))
         inner = self.dropout(F.relu(torch.addmm(self.up_bias, self.inner_norm(x), self.up)))
-        return x + self.dropout(torch.addmm(self.down_bias, inner, self.down))
+        out: Tensor = x + self.dropout(torch.addmm(self.down_bias, inner, self.down))
+        return out
 
 
 class Transformer(nn.Module):
     """The layers and the last norm."""
 
     def __init__(
-        self, dim: int, heads: int, layers: int, hidden: int, dropout: float, generator: torch.Generator
-    ) -> None:  # fmt: skip
+        self, dim: int, heads: int, layers: int, generator: torch.Generator, *, hidden: int, dropout: float
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Layer(dim, heads, hidden, dropout, generator) for _ in range(layers))
         self.norm = nn.LayerNorm(dim, EPS)
