@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.bench import offline, streaming
+from tests.bench import ablations, offline, streaming
 from tests.bench.kit import Json
 from tests.bench.runs import Runs
 
@@ -72,3 +72,16 @@ def test_the_streaming_gate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     )
     streaming.main()
     assert len(json.loads(Path("reports/bench-streaming-rates.json").read_text())["models"]) == len(streaming.GRID)
+
+
+def test_the_ablations(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["ablations", "--streams", "simulator", "--seeds", "1", "--seconds", "4", "--history", "32", "--dim", "8"]
+    argv += ["--batch-tokens", "512"]
+    monkeypatch.setattr(sys, "argv", argv)
+    ablations.main()
+    told = json.loads(Path("reports/bench-ablations.json").read_text())["streams"]["simulator"]
+    assert {*told} == {*ablations.VARIANTS}
+    assert "hr@10" not in told["ranking alone"] and "ne" not in told["retrieval alone"]
+    assert told["both"]["length"] == told["both"]["speed"] == 1 < told["user token"]["length"]
+    assert told["summed"]["length"] < 1
+    assert "user token" in capsys.readouterr().err
