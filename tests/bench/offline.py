@@ -76,7 +76,7 @@ def main() -> None:
     shape, directory = Shape(dim=args.dim, heads=args.heads, layers=args.layers), str(Path(args.data))
     wanted = [
         identity(dataset, model, seed, shape, args.epochs)
-        for seed in range(args.seeds)  # so that an early look has every model
+        for seed in range(1, args.seeds + 1)  # so that an early look has every model
         for dataset in args.datasets.split(",")
         for model in (args.models.split(";") if args.models else MODELS[dataset])
     ]
