@@ -12,9 +12,9 @@ BENCH ?=
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format crash-test crash-test-trainer cluster-test fuzz fuzz-weights
-.PHONY: bench-ingest bench-latency bench-restore bench-replay bench-table bench-delta bench-vocabulary
-.PHONY: bench-candidates clean
+.PHONY: help install demo test check format crash-test crash-test-trainer cluster-test fuzz fuzz-weights bench-ingest
+.PHONY: bench-latency bench-restore bench-delta bench-replay bench-table bench-vocabulary bench-candidates
+.PHONY: bench-offline bench-streaming bench-ablations clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -83,6 +83,15 @@ bench-vocabulary: $(VENV)/installed  ## quality under churn at equal memory: our
 
 bench-candidates: $(VENV)/installed  ## latency against 1 to 4096 candidates: with cache, in one pass, one by one; over HTTP
 	$(PY) -m tests.bench.candidates $(BENCH)
+
+bench-offline: $(VENV)/installed  ## HSTU beside SASRec in one trainer, leave one out (ML-1M, ML-100K, latest-small); goes on where it was
+	$(PY) -m tests.bench.offline --data $(DATA) $(BENCH)
+
+bench-streaming: $(VENV)/installed  ## attention with and without softmax, and Transformers, on a vocabulary that grows, one pass
+	$(PY) -m tests.bench.streaming $(BENCH)
+
+bench-ablations: $(VENV)/installed  ## what each part of the model is worth on our own streams
+	$(PY) -m tests.bench.ablations --data $(DATA) $(BENCH)
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist reports

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from streamgr import config
 from streamgr.model import attention
 from streamgr.model.attention import Attend, time_bucket
-from streamgr.model.tokens import Ints
+from streamgr.model.rows import Ints
 
 EPS = 1e-6
 INIT_STD = 0.02

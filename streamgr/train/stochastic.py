@@ -31,7 +31,7 @@ def shorten(example: Example, alpha: float, longest: int, rng: np.random.Generat
     age = (history.times[-1] - history.times[others]).astype(np.float64)
     weight = 1 - age / max(1.0, float(age.sum()))
     race = np.log(np.maximum(weight, 1e-12)) + rng.gumbel(size=len(others))  # the largest: a draw by weight, unrepeated
-    stays[others[np.argpartition(race, len(others) - count)[len(others) - count :]]] = True
+    stays[others[np.argsort(race)[len(others) - count :]]] = True
     rows = np.flatnonzero(stays)
     return replace(
         example, history=history.take(rows), target_index=np.searchsorted(rows, example.target_index).astype(np.int64)

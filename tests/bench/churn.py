@@ -101,8 +101,26 @@ class Stream:
         return float(loss / -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate)))
 
 
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A stream before it is cut into steps: how many events, how they were sequenced, what came of it."""
+
+    events: int
+    sequence: config.Sequence
+    examples: list[Example]
+    truth: Mapping[str, Mapping[str, float]]
+
+
 def prepare(name: str, data: Path, *, seed: int, batch_tokens: int, limit: int = 0, seconds: float = 600.0) -> Stream:
     """seed: of the simulated world, which lasts `seconds`; limit: so many events of a log at most, 0: all."""
+    told = tell(name, data, seed=seed, limit=limit, seconds=seconds)
+    batches = [assemble(step, Layout(len(told.sequence.actions))) for step in steps(told.examples, batch_tokens)]
+    vocabulary = np.unique(np.concatenate([batch.tokens.keys for batch in batches]))
+    return Stream(name, told.events, told.sequence.actions, batches, vocabulary, told.truth)
+
+
+def tell(name: str, data: Path, *, seed: int, limit: int, seconds: float, history: int = HISTORY) -> Told:
+    """The examples of a stream, with windows of `history` events."""
     plan, truth = PLANS[name], {}
     with tempfile.TemporaryDirectory(prefix="bench-") as directory:
         path = data / plan.path
@@ -113,15 +131,12 @@ def prepare(name: str, data: Path, *, seed: int, batch_tokens: int, limit: int =
         list(dataset.rows())  # once, for the kinds of actions
         known = plan.sequence.actions
         actions = (*known, *(kind for kind in dataset.kinds if kind not in known))
-        sequence = msgspec.structs.replace(plan.sequence, actions=actions)
+        sequence = msgspec.structs.replace(plan.sequence, actions=actions, history_length=history)
         sent = _Sent(limit if plan.path else 0)
         publish(
             config.Config(sequence=sequence), dataset, sent, PARTITIONS, close=True, clock=SystemClock(), stop=Stop()
         )
-        examples = list(sequenced(sent.records, sequence, Path(directory)))
-    batches = [assemble(step, Layout(len(actions))) for step in steps(examples, batch_tokens)]
-    vocabulary = np.unique(np.concatenate([batch.tokens.keys for batch in batches]))
-    return Stream(name, sent.events, actions, batches, vocabulary, truth)
+        return Told(sent.events, sequence, list(sequenced(sent.records, sequence, Path(directory))), truth)
 
 
 def sequenced(records: list[Record], settings: config.Sequence, directory: Path) -> Iterator[Example]:

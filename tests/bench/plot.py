@@ -8,6 +8,7 @@ Curves = Mapping[str, Mapping[str, list[float | None]]]
 PANELS = (
     "normalized entropy",
     "hit rate at 10",
+    "hit rate at 50",
     "hit rate at 10, common",
     "id has its own row",
     "occupancy",

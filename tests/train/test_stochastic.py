@@ -36,6 +36,15 @@ def test_short_histories_and_alpha_two_are_learned_whole() -> None:
     assert int(LONGEST**0.8) == 84 and shorten(few, 1.6, LONGEST, rng) is few
 
 
+def test_targets_that_fill_a_step_leave_no_room_for_others() -> None:
+    rng = np.random.default_rng(1)
+    targets = [*range(60, 100)]
+    events = [(IMPRESSION, f"i{k}", 1000 + 10 * k, 1 + k // 50) for k in range(100)]
+    whole = example((1, 0), events=events, targets=targets, labels=[0] * len(targets))
+    short = min((shorten(whole, 1.2, 100, rng) for _ in range(40)), key=lambda made: len(made.history))
+    assert len(short.history) == 50 and len(short.target_index) == 40  # all of their request, and nothing else
+
+
 def test_a_long_history_is_learned_from_about_its_root() -> None:
     rng, whole = np.random.default_rng(2), long_example(LONGEST)
     made = [shorten(whole, 1.6, LONGEST, rng) for _ in range(400)]
