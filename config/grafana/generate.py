@@ -4,7 +4,8 @@
 
 A panel says what to do in `about`. Its curves are `queries`, an expression by legend, or `percentiles` of a histogram
 (p50 and p99 over all processes, apart only by the label `by`); percentiles of hops do not add, so nothing is stacked.
-`unit`, `min`, `max`, `decimals` and `noValue` are Grafana's; `colors` the thresholds of a `kind: stat`; `width` is of 24 columns.
+`unit`, `min`, `max`, `decimals` and `noValue` are Grafana's; `colors` the thresholds of a `kind: stat`; `width` is of
+24 columns.
 """
 
 import json
