@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from streamgr import __version__
-from streamgr.config import Config, flatten, load
+from streamgr.config import Config, flatten, load, secret_file
 from streamgr.errors import BrokerUnreachable, ConfigError, DataError, StreamgrError, TryAgain, UsageError
 
 MODEL_EXTRA = {"torch", "safetensors", "fastapi", "uvicorn"}  # what a stream-side installation goes without
@@ -151,7 +151,7 @@ def _sequences(args: argparse.Namespace, config: Config, origin: dict[str, str])
     if args.url:
         asked = {name: value for name, value in part._asdict().items() if value}
         path = f"/v1/users/{urllib.parse.quote(args.user, safe='')}/sequence?{urllib.parse.urlencode(asked)}"
-        return _lines([_get(args.url.rstrip("/") + path.rstrip("?"))])
+        return _lines([_get(args.url.rstrip("/") + path.rstrip("?"), args.token_file)])
     sequence = views.show(Path(args.state or config.state.directory), args.user, part)
     if sequence is None:
         raise DataError(f"no user {args.user!r} here", where=str(args.state or config.state.directory))
@@ -226,14 +226,17 @@ def _lines(rows: Iterable[object]) -> int:
     return 0
 
 
-def _get(url: str) -> object:
+def _get(url: str, token_file: str | None) -> object:
     if not url.startswith(("http://", "https://")):
         raise UsageError(f"--url wants http(s)://HOST:PORT, got {url!r}")
+    token = secret_file(token_file, "--token-file") if token_file else ""
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})  # noqa: S310
     try:
-        with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310 (checked above)
+        with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310 (checked above)
             return json.load(answer)
     except urllib.error.HTTPError as error:
-        raise UsageError(f"{error.code}: {error.read().decode(errors='replace')}", where=url) from None
+        remedy = "give the scorer's token: --token-file FILE" if error.code == 401 else ""
+        raise UsageError(f"{error.code}: {error.read().decode(errors='replace')}", where=url, remedy=remedy) from None
     except OSError as error:
         raise UsageError(f"no answer: {error}", where=url, remedy="is the scorer running?") from None
 
@@ -308,7 +311,8 @@ def _parser() -> argparse.ArgumentParser:
     show = verb("show", "one user's sequence, oldest first", "streamgr sequences show u1 --state state")
     show.add_argument("user")
     show.add_argument("--state", metavar="DIR", help="a state directory (default: state.directory)")
-    show.add_argument("--url", help="ask a running scorer instead")
+    show.add_argument("--url", help="ask a running scorer instead (https:// too: SSL_CERT_FILE names a CA of your own)")
+    show.add_argument("--token-file", metavar="FILE", help="with --url: the file that holds scorer.token")
     show.add_argument("--since", type=int, default=0, metavar="MS", help="events of this time and later")
     show.add_argument("--before", type=int, metavar="MS", help="events before this time")
     show.add_argument("--last", type=int, default=0, metavar="N", help="of these the newest N")
