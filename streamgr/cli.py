@@ -67,10 +67,8 @@ def _role(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> i
     log.info("starting", version=__version__, settings={k: flatten(config)[k] for k in origin})
     probes = None if getattr(args, "until_end", False) else Probes(config.telemetry, health)
     try:
-        if not probes:  # a one-shot command: roles wait for a broker that is away, this says so and leaves
-            from streamgr.kafka.client import Admin
-
-            Admin(config.kafka, log=log).metadata()
+        if not probes:
+            _require_broker(config, "events" if args.role == "sequencer" else "examples")
         if args.role == "sequencer":
             from streamgr.sequence.sequencer import Sequencer
             from streamgr.service import calm_collector
@@ -102,6 +100,13 @@ def _role(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> i
             probes.close()
     log.info("stopped", "drained and left")
     return 0
+
+
+def _require_broker(config: Config, topic: str) -> None:
+    """For one-shot commands: roles wait for a broker that is away or refuses them, these say so and leave."""
+    from streamgr.kafka import topics
+
+    topics.identity(config.kafka, config.topic(topic))
 
 
 def _health(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> int:
@@ -168,6 +173,8 @@ def _state(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> 
     if args.verb == "backup":
         kept = config.state.snapshots_kept
         return _lines(maintenance.backup(directory, args.role, Path(args.directory), kept, SystemClock()))
+    if args.verb == "erase":
+        _require_broker(config, "events")
     if args.verb == "restore":
         return _lines(maintenance.restore(config, directory / args.role, Path(args.directory)))
     if args.verb == "erase":
@@ -182,6 +189,7 @@ def _state(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> 
 def _examples(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> int:
     from streamgr.sequence import listing
 
+    _require_broker(config, "examples")
     return _lines(listing.examples(config, args.limit))
 
 
@@ -190,13 +198,14 @@ def _weights(args: argparse.Namespace, config: Config, origin: dict[str, str]) -
     from streamgr.weights import views
 
     clock = SystemClock()
+    if args.verb == "pin" and args.remove == (args.version is not None):
+        raise UsageError("name the version to pin, or give --remove, not both")
+    _require_broker(config, "manifests")
     if args.verb == "list":
         return _lines(views.list_versions(config, clock))
     if args.verb == "show":
         return _lines([views.show(config, clock, args.version)])
     if args.verb == "pin":
-        if args.remove == (args.version is not None):
-            raise UsageError("name the version to pin, or give --remove, not both")
         return _lines([views.unpin(config) if args.remove else views.pin(config, clock, args.version, args.why)])
     if args.verb == "rollback":
         return _lines([views.rollback(config, clock, args.version, args.why)])

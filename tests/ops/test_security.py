@@ -8,7 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,8 @@ def test_everything_but_the_probes_wants_the_token(serve: Any) -> None:
         assert asked(role, "/readyz")[0] == 503  # no weights: that it says so to anyone is what it is for
         for path, body in (
             ("/v1/rank", ASK), ("/v1/retrieve", b'{"user_id": "u"}'), ("/v1/users/u/sequence", None),
-            ("/metrics", None), ("/docs", None), ("/openapi.json", None), ("/nothing", None), ("/livez/../metrics", None),
+            ("/metrics", None), ("/docs", None), ("/openapi.json", None), ("/nothing", None),
+            ("/livez/../metrics", None),
         ):  # fmt: skip
             status, headers, content = asked(role, path, body=body)
             assert (status, json.loads(content)) == (401, {"error": "unauthorized"}), path
@@ -166,20 +167,11 @@ def test_over_tls_and_only_over_tls(serve: Any, tmp_path: Path) -> None:
             urllib.request.urlopen(url, timeout=10, context=old)
         with socket.create_connection(("127.0.0.1", role.role.port), 10) as s:
             s.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-            with _tolerant():
+            with suppress(ConnectionResetError):
                 assert answer(s)[0] == 0
         ranker = Ranker(f"127.0.0.1:{role.role.port}", 5.0, CLOCK, token=TOKEN, certificate=str(authority.ca))
         assert ranker.ask("u", ["a"]).source == "no_weights"
         ranker.close()
-
-
-@contextmanager
-def _tolerant() -> Iterator[None]:
-    """A connection that is not spoken to may end by a reset."""
-    try:
-        yield
-    except ConnectionResetError:
-        pass
 
 
 def test_a_certificate_that_cannot_be_used_is_named_before_anything_starts(tmp_path: Path) -> None:
@@ -213,7 +205,7 @@ def test_a_head_that_does_not_come_is_not_waited_for(serve: Any, monkeypatch: py
                 threading.Event().wait(0.1)
             else:
                 raise AssertionError("its head took longer than it may, and it was listened to")
-            with _tolerant():
+            with suppress(ConnectionResetError):
                 assert silent.recv(1) == b""
         assert time.monotonic() - started < 5
     assert ended("slow_head") == before + 2
@@ -223,7 +215,7 @@ def test_an_answer_that_is_not_read_does_not_hold_its_connection(serve: Any, mon
     monkeypatch.setattr(connection, "EXCHANGE_SECONDS", 0.5)
     with serve() as role, socket.create_connection(("127.0.0.1", role.role.port), 10) as s:
         s.sendall(b"POST /v1/rank HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
-        with _tolerant():
+        with suppress(ConnectionResetError):
             assert s.recv(1) == b""
     assert ended("slow_exchange") >= 1
 
@@ -250,7 +242,7 @@ def test_there_are_never_more_connections_than_allowed(serve: Any) -> None:
 
 def test_a_head_has_a_size(serve: Any) -> None:
     with serve() as role, socket.create_connection(("127.0.0.1", role.role.port), 10) as s:
-        with _tolerant():
+        with suppress(ConnectionResetError):
             s.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * 100_000)
             assert answer(s)[0] == 400
         assert asked(role, "/livez")[0] == 200
