@@ -17,8 +17,8 @@ STEPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "0.2.0",
         (
-            "stop all roles: stores have schema 2, manifests and checkpoints format 2, examples emission 2; what 0.1 wrote "
-            "is not read",
+            "stop all roles: stores have schema 2, manifests and checkpoints format 2, examples emission 2; what 0.1 "
+            "wrote is not read",
             "keep the topic streamgr.events; delete the other topics of the prefix with Kafka's own tool",
             "remove <state.directory> of every role, and the contents of state.snapshots_directory",
             "rename sequence.cached_users to sequence.cached_events, and make table.bucket_width a multiple of 8",
