@@ -127,6 +127,9 @@ def test_each_role_does_its_work_with_its_own_rights(secured: Secured, tmp_path:
         group.start("sequencer")  # this time as a member of its group
         wait_for("its partitions", lambda: "partitions_assigned" in group.logs(), 40)
         assert "kafka_error" not in group.logs() + scorer.logs()
+    told = operator.run("doctor")  # ends with 0
+    assert "SASL_SSL SCRAM-SHA-512" in told and "could not be read" not in told
+    assert not [line for line in told.splitlines() if line.startswith("fail")]
 
 
 @pytest.mark.parametrize(
