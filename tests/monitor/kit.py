@@ -51,7 +51,9 @@ def scorer(horizon_ms: int, *, version: int = 7, ages: dict[float, int] | None =
 
 
 def sequencer(events: int) -> Metrics:
-    text = f'streamgr_build_info{{version="0",role="sequencer"}} 1\nstreamgr_events_total{{kind="impression"}} {events}\n'
+    text = (
+        f'streamgr_build_info{{version="0",role="sequencer"}} 1\nstreamgr_events_total{{kind="impression"}} {events}\n'
+    )
     text += 'streamgr_events_total{kind="heartbeat"} 999\n'
     return Metrics(text + histogram("event_to_sequence_seconds", {0.25: events, float("inf"): events}) + "\n")
 

@@ -14,7 +14,6 @@ import pytest
 
 from streamgr.clock import SystemClock
 from streamgr.config import Kafka
-from streamgr.kafka.embedded import EmbeddedBroker
 from streamgr.kafka.producer import Producer
 from streamgr.weights.manifest import CLAIM_KEY, ClaimRecord, encode
 from tests.monitor import kit
@@ -150,33 +149,6 @@ def test_a_missing_topic_is_a_configuration_error(kafka: str, prefix: str, tmp_p
         role = Role(system, "faust", "http://127.0.0.1:1")
         assert role.process.wait(30) == 78
         assert "streamgr topics apply" in system.logs()
-
-
-def test_it_outlives_its_broker(kafka_home: Path, prefix: str, tmp_path: Path) -> None:
-    directory = tmp_path / "broker"
-    broker = EmbeddedBroker.start(directory)
-    try:
-        with System(broker.bootstrap, prefix, tmp_path) as system:
-            system.run("topics", "apply")
-            role = Role(system, "faust", "http://127.0.0.1:1")
-            wait_for("readiness", role.ready, 40)
-            broker.close()
-            time.sleep(2)
-            assert role.process.poll() is None and role.get(role.page, "/livez")[0] == 200, system.logs()
-            broker = EmbeddedBroker.start(directory)
-
-            def heard() -> bool:
-                producer = Producer(Kafka(bootstrap=broker.bootstrap), client_id="test")
-                headers = [("reason", b"bad_time")]
-                producer.send_confirmed(f"{prefix}.dead-letters", b"{", key=b"u", headers=headers, timeout=5)
-                producer.close()
-                time.sleep(0.5)
-                return bool(role.state()["dead_letters"]["hour"])
-
-            wait_for("a dead letter of the new broker's", heard, 60)
-            assert role.stop() == 0, system.logs()
-    finally:
-        broker.close()
 
 
 def test_it_imports_no_torch_and_names_its_extra() -> None:
