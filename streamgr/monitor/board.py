@@ -98,6 +98,7 @@ class Board:
         self._sample = msgspec.json.Decoder(_Sample)
         self._newest_ms = self._arrived_ms = 0  # of the events: the newest append time; when that came
         self._samples = self._unreadable = 0
+        self._began_ms, self._heard_ms = now_ms, 0
         self._canary: dict[str, deque[tuple[int, float]]] = {
             hop: deque(maxlen=CANARIES) for hop in ("sequence", "weights")
         }
@@ -107,6 +108,11 @@ class Board:
         self._points: deque[dict[str, float | int | None]] = deque(maxlen=POINTS)
 
     # --- records ---
+
+    def heard(self, now_ms: int) -> None:
+        """The broker has answered."""
+        with self._lock:
+            self._heard_ms = now_ms
 
     def manifests_anew(self) -> None:
         """The manifests are about to be read from their beginning."""
@@ -232,7 +238,8 @@ class Board:
                 "dead_letters": self._dead_letters(now_ms),
                 "online": self._online(now_ms),
                 "canary": self._canaries(),
-                "sources": self._readings.show(now_ms),
+                "broker": {"as_of_ms": self._heard_ms or None},
+                "sources": [self._broker(now_ms), *readings.show(now_ms)],
                 "points": list(self._points),
             }
 
@@ -294,6 +301,12 @@ class Board:
                 "as_of_ms": seen[-1][0] if seen else None,
             }
         return shown
+
+    def _broker(self, now_ms: int) -> dict[str, Any]:
+        """The broker as a source among the others."""
+        silent = (now_ms - (self._heard_ms or self._began_ms)) / 1000
+        up = bool(self._heard_ms) and silent < AWAY_SECONDS
+        return {"name": "broker", "role": None, "up": up, "ready": up, "why": None, "silent_seconds": round(silent, 1)}
 
     def _comparison(self) -> dict[str, Any]:
         return {

@@ -147,6 +147,7 @@ def lived(now_ms: int = T0, **monitor: Any) -> Board:
         board.events(events([shown, clicked] if n % 3 == 0 else [shown], at + 20), at)
     board.events(events([{"event_time": now_ms}], now_ms), now_ms)
     board.settle(now_ms)
+    board.heard(now_ms)
     for entry in versions(50, now_ms):
         board.manifest(entry, now_ms)
     board.dead_letter("bad_time", now_ms - 120_000, 0)

@@ -48,7 +48,9 @@ def test_a_lived_board_says_what_is() -> None:
     assert shown["dead_letters"]["hour"] == 3
     assert shown["dead_letters"]["by_reason"] == {"bad_time": 2, "other": 1}
     assert shown["canary"]["weights"]["last"] == 2.4
-    assert [s["up"] for s in shown["sources"]] == [True] * 3
+    assert [(s["name"], s["up"]) for s in shown["sources"]] == [(n, True) for n in ("broker", *kit.SOURCES)]
+    away = kit.lived().snapshot(T0 + 6_000)
+    assert not away["sources"][0]["up"] and away["broker"]["as_of_ms"] == T0
 
 
 def test_online_quality_is_by_version_and_in_the_metrics() -> None:

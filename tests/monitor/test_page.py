@@ -35,6 +35,8 @@ class Site:
 
     def _snapshot(self) -> dict[str, Any]:
         now, self._beats = CLOCK.now_ms(), self._beats + 1
+        if "broker" not in self.away:
+            self.board.heard(now)
         if not self.stopped:
             told = {"sequencer": kit.sequencer(5_000 + 100 * self._beats), "trainer": kit.trainer()}
             n = 200 + 10 * self._beats
@@ -155,6 +157,7 @@ def test_it_shows_the_state(site: Site, tab: Tab) -> None:
     assert tab.js("document.querySelectorAll('#age-line path.stroke').length") == 1
     assert "v30–31" in tab.text("#online")
     assert tab.text("#vocabulary").startswith("admitted120")
+    assert "by the weights, after2.4 s" in tab.text("#canary") and "none lost" in tab.text("#canary-lost")
     assert tab.js("document.getElementById('away').hidden") is True
     assert tab.errors == []
 
@@ -214,8 +217,9 @@ def test_a_role_that_is_away_is_named_and_its_figures_are_grey(
     wait_for("grey", lambda: tab.js("document.querySelector('[data-group=vocabulary]').classList.contains('old')"), 3)
     assert "as of" in tab.text("[data-group=vocabulary]")
     assert tab.text("#status") == "fresh", "the scorer answers"
-    site.away.add("scorer")
+    site.away |= {"scorer", "broker"}
     wait_for("not known", lambda: tab.text("#status") == "freshness not known", 12)
+    wait_for("grey", lambda: "as of" in tab.text("[data-group=letters]"), 3)
     site.away.clear()
     wait_for("all well again", lambda: tab.js("document.getElementById('away').hidden"), 5)
     assert tab.text("#status") == "fresh"
@@ -254,8 +258,8 @@ CONTRAST = """(() => {
     return "rgb(255, 255, 255)";
   };
   const ratios = {};
-  const looked = ["#age", "#age-note", "#status", "h2", "small", "#canary dt", "#canary dd", "footer a",
-    "#sources .quiet", "#online td", "#online th"];
+  const looked = ["#age", "#age-note", "#status", "h2", "small", "#vocabulary dt", "#vocabulary dd", "#canary td",
+    "footer a", "#sources .quiet", "#online td", "#online th"];
   for (const css of looked) {
     const e = document.querySelector(css), a = light(getComputedStyle(e).color), b = light(behind(e));
     ratios[css] = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
