@@ -59,11 +59,12 @@ def _role(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> i
     """One role in the foreground until SIGTERM, or up to the end of its input."""
     from streamgr.clock import SystemClock
     from streamgr.service import Stop
-    from streamgr.telemetry import Health, Log, Probes, announce
+    from streamgr.telemetry import Health, Log, Probes, announce, watch_disk
 
     clock, stop = SystemClock(), Stop().on_signals()
     log, health = Log(args.role, config.telemetry, clock), Health(args.role, clock)
     announce(args.role)
+    watch_disk(config.role_directory(args.role))
     log.info("starting", version=__version__, settings={k: flatten(config)[k] for k in origin})
     probes = None if getattr(args, "until_end", False) else Probes(config.telemetry, health)
     try:

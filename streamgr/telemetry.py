@@ -6,10 +6,12 @@ Freshness histograms share `FRESHNESS_BUCKETS`; the service-level threshold must
 
 import json
 import logging
+import shutil
 import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -54,6 +56,8 @@ HORIZON = gauge(
     "Append time of the newest source record that the weights fully reflect.",
     ("role",),
 )
+STATE_FREE = gauge("state_free_bytes", "What the disk under the role's state has left.")
+STATE_CAPACITY = gauge("state_capacity_bytes", "What that disk holds in all; 0 where a role keeps no state.")
 
 
 class Log:
@@ -176,3 +180,13 @@ class Probes:
 def announce(role: str) -> None:
     """Export what runs here."""
     BUILD.labels(__version__, role).set(1)
+
+
+def watch_disk(directory: Path) -> None:
+    """Export how full the disk under `directory` is, asked at each scrape; the directory may still be missing."""
+
+    def usage() -> tuple[int, int, int]:
+        return shutil.disk_usage(next(path for path in (directory, *directory.absolute().parents) if path.exists()))
+
+    STATE_FREE.set_function(lambda: usage()[2])
+    STATE_CAPACITY.set_function(lambda: usage()[0])
