@@ -9,11 +9,16 @@ DATA ?= ../shared/data
 N ?= 100
 MESSAGES ?= 1000000
 BENCH ?=
+UP ?=
+DOWN ?=
+DRILL ?=
+SOAK ?=
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check format crash-test crash-test-trainer cluster-test fuzz fuzz-weights
 .PHONY: bench-ingest bench-latency bench-restore bench-replay bench-table bench-delta bench-vocabulary clean
+.PHONY: up down secrets drill soak
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -79,6 +84,24 @@ bench-table: $(VENV)/installed  ## ids per second to slots, beside a dict, id % 
 
 bench-vocabulary: $(VENV)/installed  ## quality under churn at equal memory: our table and its parts beside hashed and static ones
 	$(PY) -m tests.bench.vocabulary --data $(DATA) $(BENCH)
+
+up:  ## the whole system in containers (UP="--profile demo": with a simulated site); http://127.0.0.1:8090
+	docker compose $(UP) up --detach --build --wait
+
+down:  ## stop the containers; their volumes stay (DOWN=--volumes: they go too)
+	docker compose --profile demo down $(DOWN)
+
+secrets: compose/secrets/grafana_admin  ## a password for Grafana's administrator (compose/admin.yaml), unless there is one
+
+compose/secrets/grafana_admin:
+	mkdir -p -m 700 $(@D)
+	python3 -c 'import secrets; print(secrets.token_urlsafe(24))' >$@ && chmod 644 $@
+
+drill: $(VENV)/installed  ## break a stack of containers in every way, and see it heal, say so and lose nothing (DRILL=…)
+	$(PY) -m tests.ops.drill $(DRILL)
+
+soak: $(VENV)/installed  ## freshness over ten minutes at 300 events a second (SOAK=…)
+	$(PY) -m tests.ops.soak $(SOAK)
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist reports
