@@ -17,7 +17,10 @@ from streamgr import __version__
 from streamgr.config import Config, flatten, load
 from streamgr.errors import BrokerUnreachable, ConfigError, DataError, StreamgrError, TryAgain, UsageError
 
-MODEL_EXTRA = {"torch", "safetensors", "fastapi", "uvicorn"}  # what a stream-side installation goes without
+EXTRAS = {  # what a stream-side installation goes without, and where it comes from
+    **dict.fromkeys(("torch", "safetensors", "fastapi", "uvicorn"), "model"),
+    "faust": "monitor",
+}
 Command = Callable[[argparse.Namespace, Config, dict[str, str]], int]
 
 
@@ -34,9 +37,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"streamgr: {error}", file=sys.stderr)
         return error.exit_code
     except ModuleNotFoundError as error:
-        if error.name not in MODEL_EXTRA:
+        if error.name not in EXTRAS:
             raise
-        print(f"streamgr: this needs {error.name}; remedy: pip install 'streamgr[model]'", file=sys.stderr)
+        extra = EXTRAS[error.name]
+        print(f"streamgr: this needs {error.name}; remedy: pip install 'streamgr[{extra}]'", file=sys.stderr)
         return ConfigError.exit_code
     except BrokenPipeError:  # the reader of our output has gone: `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -84,6 +88,10 @@ def _role(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> i
 
             trainer = Trainer(config, clock, log, health, stop)
             trainer.run_until_end() if args.until_end else trainer.run()
+        elif args.role == "monitor":
+            from streamgr.monitor.monitor import Monitor
+
+            Monitor(config, clock, log, health, stop).run()
         else:
             from streamgr.serve.scorer import Scorer
 
@@ -282,9 +290,10 @@ def _parser() -> argparse.ArgumentParser:
         ("sequencer", "events into sequences and training examples"),
         ("trainer", "examples into weights, without end"),
         ("scorer", "weights and sequences into answers over HTTP"),
+        ("monitor", "all of it into figures and a live page; sends canaries"),
     ):
         sub = add(role, _role, f"the {role}: {does}", f"streamgr {role} --config my.toml", role=role)
-        if role != "scorer":
+        if role in ("sequencer", "trainer"):
             sub.add_argument("--until-end", action="store_true", help="work up to the end of the input and leave")
         if role == "sequencer":
             sub.add_argument("--rebuild", action="store_true", help="start from an empty store")

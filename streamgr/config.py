@@ -158,6 +158,31 @@ class Scorer(Section, frozen=True):
     undo_bytes: Natural = 256 << 20
 
 
+class Monitor(Section, frozen=True):
+    host: str = "127.0.0.1"
+    port: Port = 8090  # the live page; 0: a free one
+    engine: Literal["faust", "plain"] = (
+        "faust"  # or "plain": no tables in Kafka, for brokers that Faust cannot work with
+    )
+    scrape: tuple[str, ...] = ("http://127.0.0.1:9464", "http://127.0.0.1:9465", "http://127.0.0.1:9466")  # or NAME=URL
+    scrape_seconds: Positive = 1.0
+    scrape_timeout_seconds: Positive = 1.0
+    window_seconds: Positive = 60.0  # over which percentiles and rates of "now" are taken
+    target_seconds: Positive = 60.0  # how old the knowledge behind an answer may be; an edge of the histogram's buckets
+    publish_seconds: Positive = 10.0  # from one record of <prefix>.freshness to the next
+    online_window_seconds: Seconds = 600.0  # served scores against outcomes; 0: not judged, the events are not read
+    serve_seconds: Positive = 10.0  # how long after an answer its items may be shown
+    scorer: str = "http://127.0.0.1:8080"  # which the canary asks
+    canary_seconds: Seconds = 30.0  # from one canary to the next; 0: none
+    canary_patience_seconds: Positive = 60.0  # then it is lost
+
+    def __post_init__(self) -> None:
+        if not self.scorer.startswith(("http://", "https://")):
+            raise ValueError("`scorer` must be http(s)://HOST:PORT")
+        if self.online_window_seconds and self.online_window_seconds < 10:
+            raise ValueError("`online_window_seconds` must be at least 10, or 0 for none")
+
+
 class Telemetry(Section, frozen=True):
     host: str = "127.0.0.1"
     port: Port = 9464  # 0: a free one
@@ -191,6 +216,7 @@ class Config(Section, frozen=True):
     trainer: Trainer = Trainer()
     weights: Weights = Weights()
     scorer: Scorer = Scorer()
+    monitor: Monitor = Monitor()
     telemetry: Telemetry = Telemetry()
     feed: Feed = Feed()
 

@@ -38,6 +38,10 @@ from streamgr.events import (
     Records,
 )
 
+REASONS = (
+    *("invalid_json", "not_an_object", "missing_field", "wrong_type", "out_of_range", "unknown_type", "bad_time"),
+    *("future_time", "key_mismatch", "null_key", "too_large"),
+)
 MAX_NESTING = 100  # deeper JSON is refused; otherwise the reader's own stack would decide
 SIMPLE_BYTES = 2 * MAX_NESTING + 50  # a shorter value cannot hold both: what an event needs, and deeper nesting
 

@@ -37,6 +37,7 @@ class Records:
     """Consecutive records of one partition as columns, offsets ascending.
 
     next_offset: where to go on; it may lie past the last record, as transactions' control records take up offsets too.
+    headers: of each record, where the consumer was asked for them.
     """
 
     topic: str
@@ -46,6 +47,7 @@ class Records:
     values: list[bytes | None]
     append_ms: list[int]
     next_offset: int
+    headers: list[list[tuple[str, bytes]]] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -67,6 +69,7 @@ class Records:
             self.values[cut],
             self.append_ms[cut],
             min(self.next_offset, end),
+            self.headers[cut] if self.headers is not None else None,
         )
 
 

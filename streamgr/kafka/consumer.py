@@ -51,13 +51,15 @@ class Consumer:
         log: Log | None = None,
         stop: Stop | None = None,
         waiting: Callable[[], None] = lambda: None,
+        headers: bool = False,
     ) -> None:
-        """`group` only for `subscribe` and `commit`. `stop` ends a wait for a broker that is away, `waiting` is called
+        """`group` only for `subscribe` and `commit`. `headers`: batches carry the records' headers. `stop` ends a wait for a broker that is away, `waiting` is called
         in it.
 
         Raises `ConfigError` where librdkafka refuses the settings.
         """
         self._settings, self._group, self._log, self._stop, self._waiting = settings, group, log, stop, waiting
+        self._headers = headers
         self._voice = Voice("consumer", settings, log)
         self._clock = SystemClock()
         self._positions: dict[Partition, int] = {}  # the next offset of each owned partition
@@ -205,6 +207,7 @@ class Consumer:
                 [message.value() for message in taken],
                 [message.timestamp()[1] for message in taken],
                 max(cast(int, taken[-1].offset()) + 1 if taken else 0, ends.get((topic, partition), 0)),
+                [_headers(message) for message in taken] if self._headers else None,
             )
             self._positions[topic, partition] = batch.next_offset
             if taken:
@@ -328,3 +331,8 @@ def _at(positions: Mapping[Partition, int]) -> list[TopicPartition]:
 
 def _numbers(partitions: list[TopicPartition]) -> list[int]:
     return sorted(tp.partition for tp in partitions)
+
+
+def _headers(message: Message) -> list[tuple[str, bytes]]:
+    headers = cast(list[tuple[str, bytes | None]], message.headers() or [])
+    return [(name, value) for name, value in headers if value is not None]

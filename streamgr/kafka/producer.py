@@ -102,6 +102,21 @@ class Producer:
         self.confirm(timeout)
         return self._known(1, offsets, topic)[0]
 
+    def send_stamped(self, topic: str, value: bytes, *, key: bytes, timeout: float | None = None) -> int:
+        """Send one record, wait until it (and all before it) is acknowledged, and return its append time in ms: the
+        broker's, where the topic uses LogAppendTime, else ours.
+        """
+        stamps: list[int] = []
+
+        def delivered(error: KafkaError | None, message: Message) -> None:
+            self._delivered(error, message)
+            if error is None:
+                stamps.append(message.timestamp()[1])
+
+        self._send(topic, value, key=key, partition=None, headers=None, delivered=delivered)
+        self.confirm(timeout)
+        return self._known(1, dict(enumerate(stamps)), topic)[0]
+
     def send_all(self, topic: str, records: Iterable[tuple[bytes, bytes]], *, partition: int) -> list[int]:
         """Send (key, value) after (key, value), then wait once until all are acknowledged; their offsets, in order."""
         offsets: dict[int, int] = {}

@@ -20,12 +20,13 @@ import msgspec
 from rich.console import Console
 from rich.live import Live
 
+from streamgr import scrape
 from streamgr.clock import Clock, Deadline, SystemClock
 from streamgr.config import Config
 from streamgr.errors import ConfigError, StreamgrError
 from streamgr.kafka import topics
 from streamgr.kafka.embedded import EmbeddedBroker
-from streamgr.lab import report, scrape, stage
+from streamgr.lab import report, stage
 from streamgr.lab.children import Child, Children
 from streamgr.lab.datasets import Dataset
 from streamgr.lab.replay import Replay

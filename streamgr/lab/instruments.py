@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from streamgr.clock import Clock
-from streamgr.lab import report, scrape
+from streamgr import scrape
+from streamgr.lab import report
 from streamgr.lab.feed import SOURCES
 from streamgr.lab.observer import Observer
 from streamgr.lab.report import Figures, Quantiles

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Sequence
 
+from streamgr.decoder import REASONS
 from streamgr.sequence.partition import Applied, Partition
 from streamgr.telemetry import DURATION_BUCKETS, WATERMARK, counter, gauge, histogram
 
@@ -17,9 +18,6 @@ TO_SEQUENCE = histogram("event_to_sequence_seconds", "Broker append to written, 
 AGE_AT_APPEND = histogram("event_age_at_append_seconds", "Event time to broker append, first and last of a batch.")
 DISK = gauge("state_bytes", "What the stores of the partitions take on the disk.")
 COMMIT = histogram("commit_duration_seconds", "Outputs confirmed and state written.", buckets=DURATION_BUCKETS)
-
-REASONS = ["invalid_json", "not_an_object", "missing_field", "wrong_type", "out_of_range", "unknown_type", "bad_time"]
-REASONS += ["future_time", "key_mismatch", "null_key", "too_large"]
 
 
 def prepare(actions: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from streamgr.lab.report import Figures, line, screen, summary_json, summary_text
-from streamgr.lab.scrape import Metrics, events, quantile
+from streamgr.scrape import Metrics, events, quantile
 
 FULL = Figures(
     seconds=35.0,

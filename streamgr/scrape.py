@@ -1,8 +1,9 @@
-"""Reading other processes' `/metrics` and `/readyz`: what the demo shows is what an operator would see.
+"""Reading other processes' `/metrics` and `/readyz`: what the page and the demo show is what an operator would see.
 
 Percentiles come from the histograms' buckets by linear interpolation, as Prometheus does it: exact to a bucket.
 """
 
+import http.client
 import json
 import math
 import urllib.error
@@ -12,6 +13,8 @@ from collections.abc import Mapping
 from prometheus_client.parser import text_string_to_metric_families
 
 TIMEOUT_SECONDS = 2.0
+MAX_BYTES = 8 << 20  # of an answer; a role's metrics take some ten kilobytes
+Buckets = dict[float, float]  # upper edge -> cumulative count
 
 
 class Metrics:
@@ -39,12 +42,24 @@ class Metrics:
 
     def quantile(self, name: str, q: float) -> float | None:
         """The `q` quantile of the histogram `streamgr_<name>`; None where nothing was observed."""
-        buckets: dict[float, float] = {}
+        return quantile(self.buckets(name), q)
+
+    def buckets(self, name: str) -> Buckets:
+        """The histogram `streamgr_<name>`, all of its series together; empty where there is none."""
+        buckets: Buckets = {}
         for sample, labels, value in self._samples:
             if sample == f"streamgr_{name}_bucket":
                 edge = float(labels["le"])
                 buckets[edge] = buckets.get(edge, 0.0) + value
-        return quantile(buckets, q)
+        return buckets
+
+    def by(self, name: str, label: str) -> dict[str, float]:
+        """The series of `streamgr_<name>` summed by one of their labels."""
+        found: dict[str, float] = {}
+        for sample, labels, value in self._samples:
+            if sample == f"streamgr_{name}" and label in labels:
+                found[labels[label]] = found.get(labels[label], 0.0) + value
+        return found
 
 
 def events(sequencer: Metrics) -> int:
@@ -72,19 +87,42 @@ def quantile(buckets: Mapping[float, float], q: float) -> float | None:
 def metrics(port: int, host: str = "127.0.0.1") -> Metrics | None:
     """What `/metrics` says now; None while nobody answers."""
     try:
-        with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=TIMEOUT_SECONDS) as answer:
-            return Metrics(answer.read().decode())
+        return read(f"http://{host}:{port}")
     except OSError:
         return None
+
+
+def read(url: str, timeout_seconds: float = TIMEOUT_SECONDS) -> Metrics:
+    """What `<url>/metrics` says now. Raises `OSError` where nobody answers, or answers something else."""
+    try:
+        with urllib.request.urlopen(f"{url}/metrics", timeout=timeout_seconds) as answer:  # noqa: S310 (configured)
+            content = answer.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise OSError(f"an answer of more than {MAX_BYTES} bytes")
+        return Metrics(content.decode())
+    except (http.client.HTTPException, ValueError) as error:
+        raise OSError(f"not metrics: {error}") from None
 
 
 def why_not_ready(port: int, host: str = "127.0.0.1") -> str:
     """Empty when the process is ready, else what it waits for."""
     try:
-        with urllib.request.urlopen(f"http://{host}:{port}/readyz", timeout=TIMEOUT_SECONDS):
-            return ""
-    except urllib.error.HTTPError as error:
-        conditions = json.loads(error.read())
-        return ", ".join(f"{name}: {why}" for name, why in conditions.items() if why != "ok") or "not ready"
+        return readiness(f"http://{host}:{port}")
     except OSError:
         return "not answering yet"
+
+
+def readiness(url: str, timeout_seconds: float = TIMEOUT_SECONDS) -> str:
+    """Empty when `<url>/readyz` is content, else what it waits for. Raises `OSError` where nobody answers."""
+    try:
+        with urllib.request.urlopen(f"{url}/readyz", timeout=timeout_seconds):  # noqa: S310 (configured)
+            return ""
+    except urllib.error.HTTPError as error:
+        with error:
+            try:
+                conditions = json.loads(error.read(MAX_BYTES))
+                return ", ".join(f"{name}: {why}" for name, why in conditions.items() if why != "ok") or "not ready"
+            except (ValueError, AttributeError):
+                return f"status {error.code}"
+    except (http.client.HTTPException, ValueError) as error:
+        raise OSError(f"no answer to understand: {error}") from None
