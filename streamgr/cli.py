@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from streamgr import __version__
-from streamgr.config import Config, flatten, load
+from streamgr.config import Config, flatten, load, secret_file
 from streamgr.errors import BrokerUnreachable, ConfigError, DataError, StreamgrError, TryAgain, UsageError
 
 EXTRAS = {  # what a stream-side installation goes without, and where it comes from
@@ -72,10 +72,8 @@ def _role(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> i
     log.info("starting", version=__version__, settings={k: flatten(config)[k] for k in origin})
     probes = None if getattr(args, "until_end", False) else Probes(config.telemetry, health)
     try:
-        if not probes:  # a one-shot command: roles wait for a broker that is away, this says so and leaves
-            from streamgr.kafka.client import Admin
-
-            Admin(config.kafka, log=log).metadata()
+        if not probes:
+            _require_broker(config, "events" if args.role == "sequencer" else "examples")
         if args.role == "sequencer":
             from streamgr.sequence.sequencer import Sequencer
             from streamgr.service import calm_collector
@@ -111,6 +109,13 @@ def _role(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> i
             probes.close()
     log.info("stopped", "drained and left")
     return 0
+
+
+def _require_broker(config: Config, topic: str) -> None:
+    """For one-shot commands: roles wait for a broker that is away or refuses them, these say so and leave."""
+    from streamgr.kafka import topics
+
+    topics.identity(config.kafka, config.topic(topic))
 
 
 def _health(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> int:
@@ -166,7 +171,7 @@ def _sequences(args: argparse.Namespace, config: Config, origin: dict[str, str])
     if args.url:
         asked = {name: value for name, value in part._asdict().items() if value}
         path = f"/v1/users/{urllib.parse.quote(args.user, safe='')}/sequence?{urllib.parse.urlencode(asked)}"
-        return _lines([_get(args.url.rstrip("/") + path.rstrip("?"))])
+        return _lines([_get(args.url.rstrip("/") + path.rstrip("?"), args.token_file)])
     sequence = views.show(Path(args.state or config.state.directory), args.user, part)
     if sequence is None:
         raise DataError(f"no user {args.user!r} here", where=str(args.state or config.state.directory))
@@ -183,6 +188,8 @@ def _state(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> 
     if args.verb == "backup":
         kept = config.state.snapshots_kept
         return _lines(maintenance.backup(directory, args.role, Path(args.directory), kept, SystemClock()))
+    if args.verb == "erase":
+        _require_broker(config, "events")
     if args.verb == "restore":
         return _lines(maintenance.restore(config, directory / args.role, Path(args.directory)))
     if args.verb == "erase":
@@ -197,6 +204,7 @@ def _state(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> 
 def _examples(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> int:
     from streamgr.sequence import listing
 
+    _require_broker(config, "examples")
     return _lines(listing.examples(config, args.limit))
 
 
@@ -205,13 +213,14 @@ def _weights(args: argparse.Namespace, config: Config, origin: dict[str, str]) -
     from streamgr.weights import views
 
     clock = SystemClock()
+    if args.verb == "pin" and args.remove == (args.version is not None):
+        raise UsageError("name the version to pin, or give --remove, not both")
+    _require_broker(config, "manifests")
     if args.verb == "list":
         return _lines(views.list_versions(config, clock))
     if args.verb == "show":
         return _lines([views.show(config, clock, args.version)])
     if args.verb == "pin":
-        if args.remove == (args.version is not None):
-            raise UsageError("name the version to pin, or give --remove, not both")
         return _lines([views.unpin(config) if args.remove else views.pin(config, clock, args.version, args.why)])
     if args.verb == "rollback":
         return _lines([views.rollback(config, clock, args.version, args.why)])
@@ -241,14 +250,17 @@ def _lines(rows: Iterable[object]) -> int:
     return 0
 
 
-def _get(url: str) -> object:
+def _get(url: str, token_file: str | None) -> object:
     if not url.startswith(("http://", "https://")):
         raise UsageError(f"--url wants http(s)://HOST:PORT, got {url!r}")
+    token = secret_file(token_file, "--token-file") if token_file else ""
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})  # noqa: S310
     try:
-        with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310 (checked above)
+        with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310 (checked above)
             return json.load(answer)
     except urllib.error.HTTPError as error:
-        raise UsageError(f"{error.code}: {error.read().decode(errors='replace')}", where=url) from None
+        remedy = "give the scorer's token: --token-file FILE" if error.code == 401 else ""
+        raise UsageError(f"{error.code}: {error.read().decode(errors='replace')}", where=url, remedy=remedy) from None
     except OSError as error:
         raise UsageError(f"no answer: {error}", where=url, remedy="is the scorer running?") from None
 
@@ -329,7 +341,8 @@ def _parser() -> argparse.ArgumentParser:
     show = verb("show", "one user's sequence, oldest first", "streamgr sequences show u1 --state state")
     show.add_argument("user")
     show.add_argument("--state", metavar="DIR", help="a state directory (default: state.directory)")
-    show.add_argument("--url", help="ask a running scorer instead")
+    show.add_argument("--url", help="ask a running scorer instead (https:// too: SSL_CERT_FILE names a CA of your own)")
+    show.add_argument("--token-file", metavar="FILE", help="with --url: the file that holds scorer.token")
     show.add_argument("--since", type=int, default=0, metavar="MS", help="events of this time and later")
     show.add_argument("--before", type=int, metavar="MS", help="events before this time")
     show.add_argument("--last", type=int, default=0, metavar="N", help="of these the newest N")

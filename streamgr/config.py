@@ -20,6 +20,7 @@ from streamgr.clock import milliseconds
 from streamgr.errors import ConfigError
 
 ENV_PREFIX = "STREAMGR_"
+MIN_TOKEN = 16  # characters
 SECRET = re.compile(r"password|passphrase|secret|token$|jaas|key\.pem|oauthbearer\.config", re.IGNORECASE)
 
 Seconds = Annotated[float, Meta(ge=0, le=1e10)]
@@ -153,9 +154,20 @@ class Scorer(Section, frozen=True):
     clock: Literal["wall", "event"] = "wall"  # or "event": replays
     threads: Count = 1
     max_queue: Natural = 64
+    max_connections: Count = 1_024  # open at a time; one more is told to come back and closed
+    token: str = ""  # who asks must send it: `Authorization: Bearer …`; "": anyone who reaches the port
+    tls_certificate: str = ""  # PEM files, of the certificate (with its chain) and its key; "": plain HTTP
+    tls_key: str = ""
+    docs: bool = True  # `/docs` and `/openapi.json`
     score_sample: Share = 0.0  # share of answers written to <prefix>.scores
     undo_versions: Natural = 32  # so many versions, and so many bytes, can be taken back at once; others from the log
     undo_bytes: Natural = 256 << 20
+
+    def __post_init__(self) -> None:
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            raise ValueError("`tls_certificate` and `tls_key` go together: give both files, or neither")
+        if self.token and not (len(self.token) >= MIN_TOKEN and self.token.isascii() and self.token.isprintable()):
+            raise ValueError(f"`token` must be at least {MIN_TOKEN} printable ASCII characters: openssl rand -hex 32")
 
 
 class Monitor(Section, frozen=True):
@@ -256,7 +268,7 @@ def load(
         if name.startswith(ENV_PREFIX) and "__" in name:
             section, key = (part.lower() for part in name.removeprefix(ENV_PREFIX).split("__", 1))
             if key.endswith("_file") and key not in _fields(section):
-                key, text = key.removesuffix("_file"), _secret(name, text)
+                key, text = key.removesuffix("_file"), secret_file(text, f"${name}")
             _set(tree, origin, f"{section}.{key}", text, f"${name}")
     for flag, text in (flags or {}).items():
         _set(tree, origin, flag, text, f"--{flag}")
@@ -303,11 +315,13 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"not valid TOML: {error}", where=str(path)) from None
 
 
-def _secret(name: str, path: str) -> str:
+def secret_file(path: str, asked_by: str) -> str:
+    """A secret as its file holds it, without line ends. Raises `ConfigError` naming who asked."""
     try:
-        return Path(path).read_text().rstrip("\n")
-    except OSError as error:
-        raise ConfigError(f"cannot read the secret file {path}: {error.strerror}", where=f"${name}") from None
+        return Path(path).read_text().rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise ConfigError(f"cannot read the secret file {path}: {why}", where=asked_by) from None
 
 
 def _fields(section: str) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -131,8 +132,37 @@ class Health:
         return all(v == "ok" for v in conditions.values()), dict(conditions)
 
 
+class _Server(ThreadingHTTPServer):
+    """A thread a connection, but never more than a few: who comes on top of them is not answered."""
+
+    daemon_threads = True
+    MOST = 32
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        self._places = threading.BoundedSemaphore(self.MOST)
+        super().__init__(address, handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._places.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), OSError):  # a client that leaves in the middle is not news
+            super().handle_error(request, client_address)
+
+
 class Probes:
     """`/livez`, `/readyz` and `/metrics` on `telemetry.port`, from a daemon thread."""
+
+    SECONDS = 5.0  # how long a client may take over a request
 
     def __init__(self, settings: Telemetry, health: Health) -> None:
         routes: dict[str, Callable[[], tuple[bool, dict[str, object]]]] = {
@@ -141,6 +171,8 @@ class Probes:
         }
 
         class Handler(BaseHTTPRequestHandler):
+            timeout = self.SECONDS
+
             def do_GET(self) -> None:
                 if self.path == "/metrics":
                     self._answer(200, CONTENT_TYPE_LATEST, generate_latest(REGISTRY))
@@ -161,14 +193,13 @@ class Probes:
                 """Probes are not news."""
 
         try:
-            self._server = ThreadingHTTPServer((settings.host, settings.port), Handler)
+            self._server = _Server((settings.host, settings.port), Handler)
         except OSError as error:
             raise ConfigError(
                 f"cannot listen on {settings.host}:{settings.port}: {error.strerror}",
                 where="telemetry.port",
                 remedy="choose a free port (STREAMGR_TELEMETRY__PORT), 0 for any",
             ) from None
-        self._server.daemon_threads = True
         self.port = int(self._server.server_address[1])
         threading.Thread(target=self._server.serve_forever, name="probes", daemon=True).start()
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient, ClusterMetadata  # type: ignore[attr-defined]
 
-from streamgr.clock import Clock, SystemClock
+from streamgr.clock import Clock, Deadline, SystemClock
 from streamgr.config import SECRET, Kafka
 from streamgr.errors import BrokerUnreachable, ConfigError, StreamgrError
 from streamgr.service import Stop
@@ -47,6 +47,7 @@ OURS = frozenset(
 SAY_AGAIN_SECONDS = 60.0
 ASK_SECONDS = 2.0  # one question to the broker; asked again while the caller may wait
 ADMIN_SECONDS = 15.0  # a one-shot command waits no longer
+REFUSED_SECONDS = 2.0  # nor this long, where a broker is there and does not let us in
 NEWS_SECONDS = 2.0  # how long a broker may not have heard yet of a topic that there is
 
 _AWAY = frozenset(
@@ -78,6 +79,10 @@ _AWAY = frozenset(
         KafkaError.NOT_COORDINATOR,
     )
 )
+REMEDIES = {  # of a broker that answers, and refuses
+    KafkaError._AUTHENTICATION: "check sasl.mechanism, sasl.username and kafka.sasl_password (kafka.librdkafka)",
+    KafkaError._SSL: "check ssl.ca.location, the broker's certificate and name, and that its port speaks TLS",
+}
 DENIED = frozenset(
     (
         KafkaError.TOPIC_AUTHORIZATION_FAILED,
@@ -98,6 +103,7 @@ class Voice:
         self._client, self._log, self._clock = client, log, clock or SystemClock()
         self._secrets = [str(v) for k, v in settings.librdkafka.items() if SECRET.search(k)] + [settings.sasl_password]
         self._said: dict[str, tuple[float, int]] = {}
+        self.heard: KafkaError | None = None  # the newest that the client said of itself: it knows more than an answer
 
     def clean(self, text: object) -> str:
         """The text without any secret of the settings."""
@@ -105,6 +111,12 @@ class Voice:
         for secret in self._secrets:
             words = words.replace(secret, "***") if secret else words
         return words
+
+    def hear(self, error: KafkaError) -> None:
+        """What the client says of itself, between its answers."""
+        if error.code() != KafkaError._ALL_BROKERS_DOWN:  # that says nothing of why
+            self.heard = error
+        self.complain(error)
 
     def complain(self, error: KafkaError) -> None:
         """An error that librdkafka retries by itself."""
@@ -158,7 +170,7 @@ def librdkafka_settings(settings: Kafka, client_id: str, voice: Voice, **ours: S
     return conf | {
         "bootstrap.servers": settings.bootstrap,
         "client.id": f"{client_id}-{socket.gethostname()}-{os.getpid()}",
-        "error_cb": voice.complain,
+        "error_cb": voice.hear,
         "logger": voice.librdkafka_logger(),
     }
 
@@ -178,6 +190,8 @@ def translate(error: KafkaError, voice: Voice, where: str, settings: Kafka) -> S
     if error.code() in DENIED:
         return ConfigError(text, where=where, remedy="grant this principal the access (Kafka ACLs)")
     if error.code() in _AWAY:
+        if voice.heard is not None:
+            text += f" ({voice.clean(voice.heard.str())})"
         return BrokerUnreachable(
             text, where=where, remedy=f"check kafka.bootstrap ({settings.bootstrap}) and the security settings"
         )
@@ -238,7 +252,19 @@ class Admin:
         stop: Stop | None = None,
         waiting: Callable[[], None] = lambda: None,
     ) -> T:
-        """As `client.ask`; None waits without end."""
+        """As `client.ask`; None waits without end, also for a broker that does not let us in: it may learn to.
+
+        With an end to it, raises `ConfigError` for that, and sooner.
+        """
+        patience = Deadline(SystemClock(), REFUSED_SECONDS)
+
+        def between() -> None:
+            self.client.poll(0)  # lets it say what it knows
+            heard = self.voice.heard
+            if wait_seconds is not None and patience.passed() and heard is not None and heard.code() in REMEDIES:
+                raise ConfigError(self.voice.clean(heard.str()), where=where, remedy=REMEDIES[heard.code()])
+            waiting()
+
         return ask(
             question,
             voice=self.voice,
@@ -246,7 +272,7 @@ class Admin:
             where=where,
             stop=stop,
             wait_seconds=wait_seconds,
-            waiting=waiting,
+            waiting=between,
         )
 
     def metadata(self, wait_seconds: float = ADMIN_SECONDS) -> ClusterMetadata:

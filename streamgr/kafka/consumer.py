@@ -260,6 +260,8 @@ class Consumer:
         where = f"{topic}[{partition}]"
         if error.code() == KafkaError._AUTO_OFFSET_RESET and (topic, partition) in self._positions:
             raise self._out_of_range(topic, partition, self._voice.clean(error.str()))
+        if error.code() == KafkaError.GROUP_AUTHORIZATION_FAILED and not self._group:
+            return  # librdkafka looks for a coordinator even where nothing is asked of one: no rights are needed for it
         if error.fatal() or error.code() in DENIED:
             raise translate(error, self._voice, where, self._settings)
         self._voice.complain(error)

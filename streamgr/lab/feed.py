@@ -19,6 +19,7 @@ import http.client
 import json
 import os
 import socket
+import ssl
 from collections.abc import Callable
 from typing import BinaryIO, NamedTuple, Protocol
 
@@ -71,11 +72,21 @@ class Ranking(NamedTuple):
 class Ranker:
     """Asks a scorer over one kept connection, and leaves it alone for a moment when it is slow."""
 
-    def __init__(self, address: str, timeout_seconds: float, clock: Clock) -> None:
+    def __init__(
+        self, address: str, timeout_seconds: float, clock: Clock, *, token: str = "", certificate: str = ""
+    ) -> None:
+        """token: the scorer's, "" for none. certificate: the PEM file of the one that a scorer with TLS shows."""
         host, _, port = address.rpartition(":")
         if not host or not port.isdecimal():
             raise ConfigError(f"{address!r} is not HOST:PORT", where="--scorer")
-        self._connection = http.client.HTTPConnection(host, int(port), timeout=timeout_seconds)
+        if certificate:
+            trusted = ssl.create_default_context(cafile=certificate)
+            self._connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+                host, int(port), timeout=timeout_seconds, context=trusted
+            )
+        else:
+            self._connection = http.client.HTTPConnection(host, int(port), timeout=timeout_seconds)
+        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
         self._clock, self._started = clock, clock.monotonic()
         self._broken_until, self._broken = 0.0, Ranking("", [])
 
@@ -85,7 +96,7 @@ class Ranker:
             return self._broken
         try:
             body = msgspec.json.encode({"user_id": user, "candidates": candidates})
-            self._connection.request("POST", "/v1/rank", body, {"Content-Type": "application/json"})
+            self._connection.request("POST", "/v1/rank", body, self._headers)
             answer = self._connection.getresponse()
             content = answer.read()
             if answer.status == 200:
@@ -245,7 +256,13 @@ def run(config: Config, args: argparse.Namespace) -> int:
     announce("feed")
     probes = Probes(config.telemetry, health)
     try:
-        ranker = Ranker(args.scorer, config.feed.rank_timeout_seconds, clock)
+        ranker = Ranker(
+            args.scorer,
+            config.feed.rank_timeout_seconds,
+            clock,
+            token=config.scorer.token,
+            certificate=config.scorer.tls_certificate,
+        )
         partitions = identity(config.kafka, config.topic("events")).partitions
         name = f"feed-{socket.gethostname()}"
         publisher = Producer(config.kafka, client_id=name, log=log, stop=stop, waiting=health.turned)

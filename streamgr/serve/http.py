@@ -23,10 +23,14 @@ from streamgr import __version__
 from streamgr.clock import Clock
 from streamgr.events import MAX_ID
 from streamgr.serve import docs, wire
+from streamgr.serve.door import Door
 from streamgr.serve.model import NoWeights
 from streamgr.telemetry import DURATION_BUCKETS, Health, Log, counter, histogram
 
-OUTCOMES = ("ok", "invalid", "too_large", "no_weights", "not_ready", "overload", "slow_body", "disconnected", "error")
+OUTCOMES = (
+    *("ok", "invalid", "unauthorized", "too_large", "no_weights", "not_ready", "overload", "slow_body"),
+    *("disconnected", "error"),
+)
 SCORES = counter("scores", "Requests to rank or retrieve, by what came of them.", ("outcome",))
 for _outcome in OUTCOMES:
     SCORES.labels(_outcome)  # an alert needs the zero before the first one
@@ -84,11 +88,22 @@ def create_app(
     health: Health,
     clock: Clock,
     log: Log,
+    token: str = "",
+    documented: bool = True,
 ) -> FastAPI:
-    """The application. `rank`, `retrieve` and `sequence` run in the desk's pool."""
+    """The application. `rank`, `retrieve` and `sequence` run in the desk's pool.
+
+    token: what everything but the probes asks for, "" for nothing. documented: with `/docs` and `/openapi.json`.
+    """
     app = FastAPI(
-        title="streamgr scorer", version=__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json"
+        title="streamgr scorer",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/openapi.json" if documented else None,
     )
+    if token:
+        app.add_middleware(Door, token=token, refused=lambda: SCORES.labels("unauthorized").inc())
 
     async def answered(work: Callable[[], Any]) -> Any:
         """The result of `work`, run by the desk; everything that can go wrong becomes a `Refusal`."""
@@ -158,12 +173,18 @@ def create_app(
         """Prometheus text."""
         return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/docs", include_in_schema=False)
-    async def documentation() -> Response:
-        return HTMLResponse(docs.page(app.openapi()))
+    if documented:
 
-    document = app.openapi()  # built once here, and kept by FastAPI: our structs join its components
-    document.setdefault("components", {}).setdefault("schemas", {}).update(wire.schemas())
+        @app.get("/docs", include_in_schema=False)
+        async def documentation() -> Response:
+            return HTMLResponse(docs.page(app.openapi()))
+
+        document = app.openapi()  # built once here, and kept by FastAPI: our structs join its components
+        components = document.setdefault("components", {})
+        components.setdefault("schemas", {}).update(wire.schemas())
+        if token:
+            components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+            document["security"] = [{"token": []}]
     return app
 
 
@@ -176,6 +197,7 @@ def _described(ask: type) -> dict[str, Any]:
     return {
         "responses": {
             200: {"description": "the answer", "content": _content("Answer")},
+            401: refused("no token, or the wrong one, where the scorer wants one"),
             413: refused("more than 1 MiB, or than 4,096 candidates"),
             422: refused("the field that breaks the contract"),
             503: refused("`no_weights` before the first version, `not_ready`, `overload`; with Retry-After"),

@@ -11,6 +11,7 @@ the role with its error. On stop: readiness off, the requests at work finish, th
 
 import logging
 import socket
+import ssl
 import sys
 import threading
 import traceback
@@ -24,12 +25,14 @@ import uvicorn
 
 from streamgr.clock import Clock, Deadline
 from streamgr.config import Config
+from streamgr.config import Scorer as Settings
 from streamgr.errors import BrokerUnreachable, ConfigError
 from streamgr.kafka.consumer import Consumer
 from streamgr.kafka.producer import Producer
 from streamgr.sequence.follower import Follower
 from streamgr.sequence.views import Part
 from streamgr.serve import wire
+from streamgr.serve.connection import Connection
 from streamgr.serve.http import Desk, NotReady, create_app
 from streamgr.serve.model import LiveWeights, NoWeights
 from streamgr.serve.ranker import Ranker
@@ -64,6 +67,7 @@ class Scorer:
         """Serve until told to stop."""
         torch.set_num_threads(1)  # requests are small; parallelism is `scorer.threads`
         sys.setswitchinterval(SWITCH_SECONDS)
+        require_certificate(self._config.scorer)
         listening = _listen(self._config)
         self.port = int(listening.getsockname()[1])
         if self._config.scorer.score_sample > 0:
@@ -138,11 +142,24 @@ class Scorer:
             health=self._health,
             clock=self._clock,
             log=self._log,
+            token=scorer.token,
+            documented=scorer.docs,
         )
         words = logging.getLogger("uvicorn.error")
         words.handlers, words.propagate = [_ToLog(self._log)], False
         settings = uvicorn.Config(
-            app, lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=int(DRAIN_SECONDS) - 2
+            app,
+            http=Connection,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=scorer.max_connections,
+            timeout_graceful_shutdown=int(DRAIN_SECONDS) - 2,
+            ssl_certfile=scorer.tls_certificate or None,
+            ssl_keyfile=scorer.tls_key or None,
         )
         return _Server(settings, lambda: self._turn("http"))
 
@@ -224,6 +241,22 @@ class _ToLog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         stack = traceback.format_exception(*record.exc_info) if record.exc_info else []
         self._log.warning("http_server", record.getMessage(), stack="".join(stack))
+
+
+def require_certificate(settings: Settings) -> None:
+    """Raise `ConfigError` unless certificate and key, where they are given, are there and belong together."""
+    if not settings.tls_certificate:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+            settings.tls_certificate, settings.tls_key, password=lambda: ""
+        )
+    except (OSError, ValueError) as error:  # an SSLError is an OSError
+        raise ConfigError(
+            f"cannot be used: {error}",
+            where=f"scorer.tls_certificate={settings.tls_certificate}, scorer.tls_key={settings.tls_key}",
+            remedy="give PEM files, readable by this user, of a certificate and its unencrypted key",
+        ) from None
 
 
 def _listen(config: Config) -> socket.socket:

@@ -29,7 +29,7 @@ from streamgr.kafka import topics
 from streamgr.kafka.embedded import EmbeddedBroker
 from streamgr.lab import stage
 from streamgr.lab.children import Children
-from streamgr.lab.scrape import quantile
+from streamgr.scrape import quantile
 from tests.ops.stack import ROOT, Json, Stack, Trouble, wait_for
 
 ROLES = ("sequencer", "trainer", "scorer", "feed")
