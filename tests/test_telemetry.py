@@ -1,11 +1,15 @@
 """Logs an operator can search, probes that tell the truth."""
 
 import json
+import shutil
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
+from prometheus_client import REGISTRY
 
+from streamgr import telemetry
 from streamgr.clock import Deadline, ManualClock
 from streamgr.config import Telemetry
 from streamgr.errors import ConfigError
@@ -82,3 +86,15 @@ def test_a_role_that_still_waits_to_begin_is_live_but_not_ready() -> None:
     health.turned()
     clock.advance(31)
     assert not health.live()[0]
+
+
+def test_the_disk_under_the_state_is_asked_at_each_scrape_even_before_the_directory_is_there(tmp_path: Path) -> None:
+    def value(name: str) -> float | None:
+        return REGISTRY.get_sample_value(f"streamgr_state_{name}_bytes")
+
+    telemetry.watch_disk(tmp_path / "state" / "trainer")
+    free, capacity = value("free"), value("capacity")
+    assert free is not None and capacity is not None
+    assert 0 < free <= capacity == shutil.disk_usage(tmp_path).total
+    telemetry.watch_disk(Path("relative/state"))
+    assert value("capacity") == shutil.disk_usage(Path()).total
