@@ -104,14 +104,16 @@ class Producer:
 
     def send_stamped(self, topic: str, value: bytes, *, key: bytes, timeout: float | None = None) -> int:
         """Send one record, wait until it (and all before it) is acknowledged, and return its append time in ms: the
-        broker's, where the topic uses LogAppendTime, else ours.
+        broker's, where the topic uses LogAppendTime and the broker says so, else when we sent it.
         """
         stamps: list[int] = []
+        sent_ms = self._clock.now_ms()
 
         def delivered(error: KafkaError | None, message: Message) -> None:
             self._delivered(error, message)
             if error is None:
-                stamps.append(message.timestamp()[1])
+                kind, stamp = message.timestamp()  # the mock broker's is none, whatever its kind says
+                stamps.append(stamp if kind == confluent_kafka.TIMESTAMP_LOG_APPEND_TIME and stamp > 0 else sent_ms)
 
         self._send(topic, value, key=key, partition=None, headers=None, delivered=delivered)
         self.confirm(timeout)

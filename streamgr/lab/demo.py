@@ -3,7 +3,8 @@
     broker (embedded, or --bootstrap) ─ topics ─ sequencer, trainer, scorer ─ feed (for --replay: `replay.py`)
 
 The demo itself does nothing for the stream: it starts the real commands with a generated configuration in a temporary
-directory, reads their /metrics, and compares models beside them (`observer.py`). N seconds count from the first event;
+directory, reads their /metrics, compares models beside them (`observer.py`), and serves the monitor's live page, whose
+board it feeds by the plain client. N seconds count from the first event;
 then the feed stops and closes every label, the sequencer and the trainer work off what is left, the scorer serves the
 last version, and everything is stopped within 15 s more. Whatever happens, no process and no file is left behind.
 """
@@ -31,6 +32,7 @@ from streamgr.lab.children import Child, Children
 from streamgr.lab.datasets import Dataset
 from streamgr.lab.replay import Replay
 from streamgr.lab.report import Figures
+from streamgr.monitor.monitor import Watch
 from streamgr.service import Stop
 from streamgr.telemetry import Log
 
@@ -99,6 +101,7 @@ class Demo:
         self._say(f"broker: {self._broker.description}")
         self._say(f"events: {self._source()}, on {config.kafka.topic_prefix}.*")
         self._say(f"scorer: http://{self._stage.scorer}/docs")
+        self._start_watch()
         self._children = self._stack.enter_context(Children(self._directory, self._clock, os.environ))
         for role in stage.ROLES:
             self._children.start(role, "-m", "streamgr", role, "--config", self._stage.files[role], is_role=True)
@@ -108,6 +111,7 @@ class Demo:
         self._await("the first event", self._no_event_yet)
         self._first = self._clock.monotonic()
         self._observer.begin()
+        self._watch.start_canary()
 
     def _find_broker(self) -> EmbeddedBroker:
         if self._args.bootstrap:
@@ -131,6 +135,16 @@ class Demo:
         if self._replay is not None:
             return str(self._replay)
         return f"a simulator's, {self._config.feed.rate:g} a second by {self._config.feed.users} users"
+
+    def _start_watch(self) -> None:
+        """The live page, and what feeds it."""
+        config, ended = self._stage.config, Stop()
+        log = Log("demo", msgspec.structs.replace(config.telemetry, log_level="error"), self._clock)
+        self._watch = Watch(config, self._clock, log, ended, title="streamgr demo", everything=True)
+        self._stack.callback(self._watch.close)
+        self._stack.callback(ended.set)
+        self._watch.start()
+        self._say(f"live page: http://{config.monitor.host}:{self._watch.port}/")
 
     def _start_observer(self) -> None:
         # imported while the roles start: these load torch
@@ -205,18 +219,25 @@ class Demo:
     def watch(self) -> None:
         """Show what happens until the feed has ended, the time is over, or somebody ends us."""
         title = "streamgr demo" + ("" if self._seconds is None else f", {self._seconds:g} s")
-        note = f"{self._broker.description}; http://{self._stage.scorer}/docs; Ctrl-C ends it"
+        page = f"http://{self._stage.config.monitor.host}:{self._watch.port}/"
+        note = f"live page: {page}; {self._broker.description}; http://{self._stage.scorer}/docs; Ctrl-C ends it"
         next_line = LINE_SECONDS
         with Live(console=self._console, auto_refresh=False) if self._console.is_terminal else ExitStack() as live:
             while not self._stop and not self._fed():
                 self._stop.wait(LOOK_SECONDS)
                 self._check()
                 figures = self._instruments.read(self._elapsed(), lately=True)
+                self._show(figures)
                 if isinstance(live, Live):
                     live.update(report.screen(figures, title, note), refresh=True)
                 elif figures.seconds >= next_line:
                     next_line += LINE_SECONDS
                     self._say(report.line(figures))
+
+    def _show(self, figures: Figures) -> None:
+        """What only the demo knows: the models side by side."""
+        compared = {"normalized_entropy": figures.normalized_entropy, "hit_rate_at_10": figures.hit_rate}
+        self._watch.board.compare(compared, self._clock.now_ms())
 
     def _fed(self) -> bool:
         """Whether the feed has ended; a replay may also run out of time, or out of events and of work."""
@@ -232,8 +253,9 @@ class Demo:
     def _check(self) -> None:
         """Raise what has gone wrong in a child or in the comparison."""
         self._children.check()
-        if self._observer.failure is not None:
-            raise self._observer.failure
+        for failure in (self._observer.failure, self._watch.failure):
+            if failure is not None:
+                raise failure
         if isinstance(self._feed, Replay) and self._feed.failure is not None:
             raise self._feed.failure
 
@@ -249,6 +271,7 @@ class Demo:
         if self._seconds is not None:
             left = max(2.0, self._seconds + left - self._elapsed())
         over = Deadline(self._clock, left)
+        self._watch.stop_canary()
         if self._feed is not None:
             self._feed.stop(Deadline(self._clock, min(3.0, left)))
         with self._console.status("learning and serving what is left"):

@@ -48,7 +48,7 @@ class Stage:
 def build(config: Config, directory: Path) -> Stage:
     """Write a configuration file for each process into `directory`, which also takes the state and the logs."""
     change = msgspec.structs.replace
-    *telemetry, http = free_ports(len(PROCESSES) + 1)
+    *telemetry, http, page = free_ports(len(PROCESSES) + 2)
     ports = dict(zip(PROCESSES, telemetry, strict=True))
     predictions = directory / "predictions.jsonl"
     shared = change(
@@ -56,6 +56,15 @@ def build(config: Config, directory: Path) -> Stage:
         state=change(config.state, directory=str(directory / "state")),
         trainer=change(config.trainer, prequential_log=str(predictions)),
         scorer=change(config.scorer, port=config.scorer.port if _is_free(config.scorer.port) else http),
+    )
+    shared = change(
+        shared,
+        monitor=change(
+            config.monitor,
+            port=config.monitor.port if _is_free(config.monitor.port) else page,
+            scrape=tuple(f"{role}=http://127.0.0.1:{ports[role]}" for role in ROLES),
+            scorer=f"http://{shared.scorer.host}:{shared.scorer.port}",
+        ),
     )
     files = {}
     for name in PROCESSES:

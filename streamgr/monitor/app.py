@@ -115,12 +115,12 @@ class Engine:
                 await self._while(lambda: not starting.done())
                 if not self._stop:
                     await starting
-                    self._health.hold("topics")
+                    self._health.hold("tables")
                     await self._while(lambda: not app.should_stop)
                 reason = app.crash_reason
             except Exception as error:
                 reason = error
-            self._health.hold("topics", "draining" if self._stop else f"Faust has failed: {reason}")
+            self._health.hold("tables", "draining" if self._stop else f"Faust has failed: {reason}")
             if not self._stop:
                 RESTARTS.inc()
                 stack = "".join(traceback.format_exception(reason)) if reason is not None else ""

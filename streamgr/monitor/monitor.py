@@ -75,8 +75,10 @@ class Watch:
         self.follower.start()
 
     def start_canary(self) -> None:
-        """Let canaries fly, if they are wanted."""
-        if self._config.monitor.canary_seconds > 0:
+        """Let canaries fly, if they are wanted: they are events of now, and stay away from logs of long ago."""
+        if self._config.scorer.clock == "event":
+            self._log.info("canary_off", "scorer.clock is event: an event of now would move the watermark of a replay")
+        elif self._config.monitor.canary_seconds > 0:
             self._producer = Producer(
                 self._config.kafka, client_id="streamgr-monitor", log=self._log, stop=self._canary_stop
             )
@@ -110,7 +112,9 @@ class Monitor:
     def __init__(self, config: Config, clock: Clock, log: Log, health: Health, stop: Stop) -> None:
         self._config, self._clock, self._log, self._health, self._stop = config, clock, log, health, stop
         self._faust = config.monitor.engine == "faust"
-        health.hold("topics", "waiting for the broker")
+        health.hold("manifests", "waiting for the broker")
+        if self._faust:
+            health.hold("tables", "waiting for the broker")
 
     def run(self) -> None:
         """Watch until told to stop."""
@@ -143,6 +147,8 @@ class Monitor:
 
     def _look(self, watch: Watch) -> None:
         """Once a turn: the health of the others is ours."""
+        if watch.follower.following:
+            self._health.hold("manifests")
         if watch.failure is not None:
             self._stop.set()
         elif self._clock.monotonic() - watch.follower.turned < Health.STALL_SECONDS:
@@ -150,7 +156,6 @@ class Monitor:
 
     def _wait(self, watch: Watch) -> None:
         """The plain engine: the follower does the work, this publishes the summaries."""
-        self._health.hold("topics")
         producer = Producer(self._config.kafka, client_id="streamgr-monitor", log=self._log, stop=self._stop)
         due = self._clock.monotonic() + self._config.monitor.publish_seconds
         try:

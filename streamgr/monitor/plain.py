@@ -33,6 +33,7 @@ class Follower:
         self._config, self._board, self._clock, self._log, self._stop = config, board, clock, log, stop
         self._everything = everything
         self.turned = clock.monotonic()
+        self.following = False  # whether we stand where we are to read on
         self.failure: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="follower", daemon=True)
 
@@ -66,6 +67,7 @@ class Follower:
             self._board.manifests_anew()
             if records is not None:
                 records.assign(self._positions(records))
+            self.following = True
             while not self._stop:
                 self.turned = self._clock.monotonic()
                 for entry in manifests.read(0.0 if records else TURN_SECONDS):
