@@ -11,9 +11,10 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 
-from streamgr import __version__
+from streamgr import __version__, sanity
 from streamgr.config import Config, flatten, load, secret_file
 from streamgr.errors import BrokerUnreachable, ConfigError, DataError, StreamgrError, TryAgain, UsageError
 
@@ -131,6 +132,23 @@ def _health(args: argparse.Namespace, config: Config, origin: dict[str, str]) ->
     return 1
 
 
+def _doctor(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> int:
+    from streamgr import doctor
+    from streamgr.clock import SystemClock
+    from streamgr.doctor.case import Case
+    from streamgr.doctor.upgrade import steps
+
+    if args.upgrade_from:
+        for number, step in enumerate(steps(args.upgrade_from), 1):
+            print(json.dumps({"step": number, "do": step}) if args.json else f"{number:2}. {step}")
+        return 0
+    found = []
+    for finding in doctor.examine(Case(config, origin, os.environ, SystemClock(), tuple(args.url))):
+        found.append(finding)
+        print(json.dumps(asdict(finding)) if args.json else finding, flush=True)
+    return doctor.exit_code(found)
+
+
 def _demo(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> int:
     from streamgr.lab import demo
 
@@ -237,8 +255,13 @@ def _evaluate(args: argparse.Namespace, config: Config, origin: dict[str, str]) 
 
 def _config(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> int:
     if args.verb == "check":
-        print(f"ok: {len(origin)} keys set, the rest are defaults")
-        return 0
+        found = list(sanity.findings(config))
+        for finding in found:
+            print(finding)
+        failed = any(finding.level == "fail" for finding in found)
+        if not failed:
+            print(f"ok: {len(origin)} keys set, the rest are defaults")
+        return ConfigError.exit_code if failed else 0
     for path, value in flatten(config).items():
         print(f"{path} = {json.dumps(value)}  # {origin.get(path, 'default')}")
     return 0
@@ -392,6 +415,11 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = add("config", _config, "effective values and where each came from", "streamgr config show")
     sub.add_argument("verb", choices=["show", "check"])
+
+    sub = add("doctor", _doctor, "all that can be wrong here, a line and a remedy each", "streamgr doctor --json")
+    sub.add_argument("--url", action="append", default=[], metavar="URL", help="ask this role too: http://HOST:9464")
+    sub.add_argument("--upgrade-from", metavar="VERSION", help="list the steps from that version to this one instead")
+    sub.add_argument("--json", action="store_true", help="one JSON object a line")
 
     add("health", _health, "exit 0 if the role on telemetry.port is live", "streamgr health")
     return parser

@@ -127,6 +127,11 @@ class Published:
     problems: list[StreamgrError]
 
 
+def partitions_in(directory: Path) -> list[Path]:
+    """The partitions' places in a role's directory, or in a topic's of the shared one, in order."""
+    return sorted(path for path in directory.glob("p[0-9]*") if path.name[1:].isdigit())
+
+
 def take(store: Store, now_ms: int) -> Checkpoint:
     """Checkpoint a claimed store beside itself: on its owner's thread, between two commits.
 

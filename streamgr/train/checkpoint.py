@@ -137,9 +137,28 @@ class Checkpoints:
 
     def _found(self) -> list[Path]:
         """Newest first."""
-        if not self._directory.exists():
-            return []
-        return sorted((p for p in self._directory.iterdir() if NAME.fullmatch(p.name)), key=_order, reverse=True)
+        return _found(self._directory)
+
+
+def newest(directory: Path) -> tuple[Path, Facts | None, list[DataError]] | None:
+    """The newest checkpoint that is whole, and what is wrong with newer ones; facts are None where none is whole.
+
+    None where there is no checkpoint at all. Raises `DataError` for one of another format.
+    """
+    problems: list[DataError] = []
+    found = _found(directory)
+    for path in found:
+        _require_format(path)
+        try:
+            return path, _read(path)[0], problems
+        except DataError as error:
+            problems.append(error)
+    return (directory, None, problems) if found else None
+
+
+def _found(directory: Path) -> list[Path]:
+    """Newest first; none where there is no directory."""
+    return sorted((p for p in directory.glob("*") if NAME.fullmatch(p.name)), key=_order, reverse=True)
 
 
 def _order(path: Path) -> tuple[int, int]:
