@@ -43,7 +43,7 @@ def test_a_wrong_command_is_usage() -> None:
 
 STREAM_SIDE = [
     "streamgr.cli", "streamgr.sequence.sequencer", "streamgr.sequence.follower", "streamgr.sequence.views",
-    "streamgr.lab.produce", "streamgr.kafka.topics",
+    "streamgr.lab.produce", "streamgr.kafka.topics", "streamgr.monitor.monitor",
 ]  # fmt: skip
 
 

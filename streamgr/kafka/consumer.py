@@ -53,8 +53,8 @@ class Consumer:
         waiting: Callable[[], None] = lambda: None,
         headers: bool = False,
     ) -> None:
-        """`group` only for `subscribe` and `commit`. `headers`: batches carry the records' headers. `stop` ends a wait for a broker that is away, `waiting` is called
-        in it.
+        """`group` only for `subscribe` and `commit`. `headers`: batches carry the records' headers. `stop` ends
+        a wait for a broker that is away, `waiting` is called in it.
 
         Raises `ConfigError` where librdkafka refuses the settings.
         """

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from streamgr.clock import Clock
 from streamgr import scrape
+from streamgr.clock import Clock
 from streamgr.lab import report
 from streamgr.lab.feed import SOURCES
 from streamgr.lab.observer import Observer

@@ -24,6 +24,7 @@ import logging
 import ssl
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import faust
@@ -47,7 +48,7 @@ SAY_AGAIN_SECONDS = 60.0
 TABLES = ("dead_letters", "quality")
 
 
-class _Table(faust.Table):  # type: ignore[misc,type-arg]
+class _Table(faust.Table):  # type: ignore[type-arg]
     """A table whose changelog keeps a key in the partition of the source that the key names, whoever sets it.
 
     Faust knows that partition only while an agent handles a record; its own way out, `use_partitioner`, asks for
@@ -65,6 +66,7 @@ class Engine:
         self,
         config: Config,
         board: Board,
+        *,
         clock: Clock,
         log: Log,
         health: Health,
@@ -111,23 +113,31 @@ class Engine:
         while not self._stop:
             app = self._build()
             starting = asyncio.create_task(app.start())
-            try:
-                await self._while(lambda: not starting.done())
-                if not self._stop:
-                    await starting
-                    self._health.hold("tables")
-                    await self._while(lambda: not app.should_stop)
-                reason = app.crash_reason
-            except Exception as error:
-                reason = error
+            reason = await self._live(app, starting)
             self._health.hold("tables", "draining" if self._stop else f"Faust has failed: {reason}")
             if not self._stop:
                 RESTARTS.inc()
                 stack = "".join(traceback.format_exception(reason)) if reason is not None else ""
                 self._log.warning("faust_failed", f"built anew in {PAUSE_SECONDS:g} s: {reason!r}", stack=stack)
             await self._leave(app, starting)
-            again = self._clock.monotonic() + PAUSE_SECONDS
-            await self._while(lambda: self._clock.monotonic() < again)
+            until = self._clock.monotonic() + PAUSE_SECONDS
+            await self._while(partial(self._before, until))
+
+    async def _live(self, app: Any, starting: "asyncio.Task[None]") -> BaseException | None:
+        """One application's life; why it ended, where not by us."""
+        try:
+            await self._while(lambda: not starting.done())
+            if not self._stop:
+                await starting
+                self._health.hold("tables")
+                await self._while(lambda: not app.should_stop)
+            reason: BaseException | None = app.crash_reason
+        except Exception as error:
+            reason = error
+        return reason
+
+    def _before(self, moment: float) -> bool:
+        return self._clock.monotonic() < moment
 
     async def _while(self, condition: Callable[[], bool]) -> None:
         """Turn while it holds and nobody has told us to stop."""

@@ -18,12 +18,13 @@ import msgspec
 from streamgr.config import Config
 from streamgr.decoder import REASONS, Decoder
 from streamgr.events import Event, Heartbeat, Records
+from streamgr.monitor import figures
 from streamgr.monitor.outcomes import Outcomes, Score
-from streamgr.monitor.readings import AWAY_SECONDS, HOPS, Readings, Target
+from streamgr.monitor.readings import AWAY_SECONDS, Readings, Target
 from streamgr.monitor.sums import Sums, total
 from streamgr.monitor.timeline import Timeline
 from streamgr.monitor.windows import Windows
-from streamgr.scrape import Buckets, Metrics, quantile
+from streamgr.scrape import Metrics
 from streamgr.telemetry import counter, gauge
 from streamgr.weights.log import Entry
 
@@ -74,7 +75,7 @@ class _Sample(msgspec.Struct, frozen=True):
 
 
 class Board:
-    """`score`, `events`, `dead_letter`, `manifest` take records, `answered` and `silent` readings; `tick` once a second."""
+    """Takes records, readings, canaries and comparisons; `settle` and `tick` once a second, `snapshot` when asked."""
 
     def __init__(self, config: Config, now_ms: int, *, title: str = "streamgr") -> None:
         sequence, monitor = config.sequence, config.monitor
@@ -97,6 +98,7 @@ class Board:
         self._sample = msgspec.json.Decoder(_Sample)
         self._newest_ms = self._arrived_ms = 0  # of the events: the newest append time; when that came
         self._samples = self._unreadable = 0
+        self._began_ms, self._heard_ms = now_ms, 0
         self._canary: dict[str, deque[tuple[int, float]]] = {
             hop: deque(maxlen=CANARIES) for hop in ("sequence", "weights")
         }
@@ -106,6 +108,11 @@ class Board:
         self._points: deque[dict[str, float | int | None]] = deque(maxlen=POINTS)
 
     # --- records ---
+
+    def heard(self, now_ms: int) -> None:
+        """The broker has answered."""
+        with self._lock:
+            self._heard_ms = now_ms
 
     def manifests_anew(self) -> None:
         """The manifests are about to be read from their beginning."""
@@ -214,23 +221,25 @@ class Board:
     def snapshot(self, now_ms: int) -> dict[str, Any]:
         """All of it as plain JSON: times in ms since 1970, durations in seconds, unknown is null."""
         with self._lock:
+            readings = self._readings
             return {
                 "format": FORMAT,
                 "title": self._title,
                 "now_ms": now_ms,
                 "window_seconds": self._monitor.window_seconds,
                 "away_seconds": AWAY_SECONDS,
-                "freshness": self._freshness(now_ms),
-                "hops": self._hops(),
-                "lag": self._lag(now_ms),
-                "traffic": self._traffic(),
-                "quality": self._learning(),
-                "vocabulary": self._vocabulary(),
-                "weights": self._weights(),
+                "freshness": figures.freshness(readings, self._monitor.target_seconds, now_ms),
+                "hops": figures.hops(readings),
+                "lag": figures.lag(readings),
+                "traffic": figures.traffic(readings),
+                "quality": figures.learning(readings) | self._comparison(),
+                "vocabulary": figures.vocabulary(readings),
+                "weights": self._timeline.show() | figures.served(readings),
                 "dead_letters": self._dead_letters(now_ms),
                 "online": self._online(now_ms),
                 "canary": self._canaries(),
-                "sources": self._readings.show(now_ms),
+                "broker": {"as_of_ms": self._heard_ms or None},
+                "sources": [self._broker(now_ms), *readings.show(now_ms)],
                 "points": list(self._points),
             }
 
@@ -238,105 +247,6 @@ class Board:
         """The record of `<prefix>.freshness`: the snapshot without what is only for the eye."""
         whole = self.snapshot(now_ms)
         return {key: value for key, value in whole.items() if key not in ("title", "points", "weights", "away_seconds")}
-
-    def _freshness(self, now_ms: int) -> dict[str, Any]:
-        horizons = [
-            (source.last_ms, at)
-            for source, metrics in self._readings.each("model_horizon_timestamp_seconds")
-            if (at := metrics.total("model_horizon_timestamp_seconds", role="scorer"))
-        ]
-        answers = self._readings.lately("score_model_age_seconds")
-        target = self._monitor.target_seconds
-        age = max((max(0.0, read_ms / 1000 - at) for read_ms, at in horizons), default=None)
-        as_of = min((read_ms for read_ms, _ in horizons), default=None)
-        known = age is not None and as_of is not None and now_ms - as_of < AWAY_SECONDS * 1000
-        return {
-            "target_seconds": target,
-            "age_seconds": _round(age, 3),
-            "status": ("fresh" if age is not None and age <= target else "stale") if known else "unknown",
-            "answered": _quantiles(answers),
-            "share_within_target": _round(_share(answers, target), 5),
-            "as_of_ms": as_of,
-        }
-
-    def _hops(self) -> list[dict[str, Any]]:
-        return [
-            {
-                "name": name,
-                "label": label,
-                "as_of_ms": self._readings.as_of(f"{name}_count"),
-                **_quantiles(self._readings.lately(name)),
-            }
-            for name, label in HOPS.items()
-        ]
-
-    def _lag(self, now_ms: int) -> list[dict[str, Any]]:
-        rows = []
-        for source, metrics in self._readings.each("consumer_lag_records"):
-            positions = metrics.by("consumer_position_timestamp_seconds", "topic")
-            for topic, records in sorted(metrics.by("consumer_lag_records", "topic").items()):
-                at = positions.get(topic)
-                rows.append(
-                    {
-                        "source": source.name,
-                        "topic": topic,
-                        "records": round(records),
-                        "seconds": round(max(0.0, source.last_ms / 1000 - at), 1) if at and records else 0.0,
-                        "as_of_ms": source.last_ms,
-                    }
-                )
-        return rows
-
-    def _traffic(self) -> dict[str, Any]:
-        return {
-            "events_per_second": _round(self._readings.per_second("events_total"), 1),
-            "targets_per_second": _round(self._readings.per_second("train_targets_total"), 1),
-            "answers": _quantiles(self._readings.lately("score_duration_seconds")),
-            "as_of_ms": self._readings.as_of("events_total"),
-        }
-
-    def _learning(self) -> dict[str, Any]:
-        """The trainer's own test-then-train figures, and models compared elsewhere."""
-        names = ("normalized_entropy", "auc_ratio", "calibration_ratio", "base_rate_ratio")
-        figures = {name: self._readings.by(f"prequential_{name}", "task") for name in names}
-        tasks = {
-            task: {name.removesuffix("_ratio"): _round(figures[name].get(task), 5) for name in names}
-            for task in sorted({task for values in figures.values() for task in values})
-        }
-        return {
-            "tasks": tasks,
-            "as_of_ms": self._readings.as_of("prequential_normalized_entropy"),
-            "compared": {
-                name: {model: _round(v, 5) for model, v in models.items()} for name, models in self._compared.items()
-            },
-            "compared_as_of_ms": self._compared_ms,
-        }
-
-    def _vocabulary(self) -> dict[str, Any]:
-        readings = self._readings
-        return {
-            "slots": _whole(readings.total("table_slots")),
-            "used": _whole(readings.total("table_used_slots")),
-            "admissions": _whole(readings.total("table_admissions_total")),
-            "evictions": {k: round(v) for k, v in sorted(readings.by("table_evictions_total", "reason").items())},
-            "admissions_per_second": _round(readings.per_second("table_admissions_total"), 2),
-            "evictions_per_second": _round(readings.per_second("table_evictions_total"), 2),
-            "as_of_ms": readings.as_of("table_slots"),
-        }
-
-    def _weights(self) -> dict[str, Any]:
-        served = {
-            source.name: round(version)
-            for source, metrics in self._readings.each("weights_version")
-            if (version := metrics.total("weights_version", role="scorer")) is not None
-        }
-        return self._timeline.show() | {
-            "served": min(served.values(), default=None),
-            "served_by": served,
-            "rejected": _some(self._readings.by("weights_rejected_total", "reason")),
-            "withheld": _some(self._readings.by("weights_withheld_total", "reason")),
-            "as_of_ms": self._readings.as_of("weights_version"),
-        }
 
     def _dead_letters(self, now_ms: int) -> dict[str, Any]:
         by_reason: dict[str, int] = {}
@@ -367,12 +277,12 @@ class Board:
             tasks = {
                 t: total(s for (v, task), s in sums.items() if task == t and first <= v <= last) for t in self._kinds
             }
-            lines.append({"first": first, "last": last, "tasks": {t: _figures(s) for t, s in tasks.items()}})
+            lines.append({"first": first, "last": last, "tasks": {t: figures.judged(s) for t, s in tasks.items()}})
         return {
             "window_seconds": self._monitor.online_window_seconds,
             "samples": self._samples,
             "unreadable": self._unreadable,
-            "tasks": {task: _figures(s) for task, s in self._by_task(now_ms).items()},
+            "tasks": {task: figures.judged(s) for task, s in self._by_task(now_ms).items()},
             "versions": lines,
         }
 
@@ -385,32 +295,48 @@ class Board:
             seconds = sorted(value for _, value in seen)
             shown[hop] = {
                 "n": len(seconds),
-                "last": _round(seen[-1][1], 3) if seen else None,
-                "p50": _round(_rank(seconds, 0.5), 3),
-                "p99": _round(_rank(seconds, 0.99), 3),
+                "last": figures.rounded(seen[-1][1], 3) if seen else None,
+                "p50": figures.rounded(figures.rank(seconds, 0.5), 3),
+                "p99": figures.rounded(figures.rank(seconds, 0.99), 3),
                 "as_of_ms": seen[-1][0] if seen else None,
             }
         return shown
 
+    def _broker(self, now_ms: int) -> dict[str, Any]:
+        """The broker as a source among the others."""
+        silent = (now_ms - (self._heard_ms or self._began_ms)) / 1000
+        up = bool(self._heard_ms) and silent < AWAY_SECONDS
+        return {"name": "broker", "role": None, "up": up, "ready": up, "why": None, "silent_seconds": round(silent, 1)}
+
+    def _comparison(self) -> dict[str, Any]:
+        return {
+            "compared": {
+                name: {model: figures.rounded(value, 5) for model, value in models.items()}
+                for name, models in self._compared.items()
+            },
+            "compared_as_of_ms": self._compared_ms,
+        }
+
     def _point(self, now_ms: int) -> dict[str, float | int | None]:
         """One moment of the sparklines; what is not known now leaves a gap."""
-        freshness, lag, learning = self._freshness(now_ms), self._lag(now_ms), self._learning()
-        traffic, since = self._traffic(), now_ms - AWAY_SECONDS * 1000
-        task = learning["tasks"].get(self._kinds[0], {})
-        compared = learning["compared"].get("normalized_entropy", {})
+        readings, since = self._readings, now_ms - AWAY_SECONDS * 1000
+        freshness = figures.freshness(readings, self._monitor.target_seconds, now_ms)
+        traffic, learning, vocabulary = (f(readings) for f in (figures.traffic, figures.learning, figures.vocabulary))
+        frozen = self._compared.get("normalized_entropy", {}).get("frozen")
 
         def now(value: Any, as_of: int | None) -> Any:
             return value if as_of is not None and as_of > since else None
 
-        known = [row["records"] for row in lag if row["as_of_ms"] > since]
+        lag = [row["records"] for row in figures.lag(readings) if row["as_of_ms"] > since]
+        task = learning["tasks"].get(self._kinds[0], {})
         return {
             "ms": now_ms,
             "age": now(freshness["age_seconds"], freshness["as_of_ms"]),
             "events": now(traffic["events_per_second"], traffic["as_of_ms"]),
-            "lag": sum(known) if known else None,
+            "lag": sum(lag) if lag else None,
             "ne": now(task.get("normalized_entropy"), learning["as_of_ms"]),
-            "frozen": now(compared.get("frozen"), learning["compared_as_of_ms"]),
-            "used": now(self._vocabulary()["used"], self._vocabulary()["as_of_ms"]),
+            "frozen": now(frozen, self._compared_ms),
+            "used": now(vocabulary["used"], vocabulary["as_of_ms"]),
         }
 
 
@@ -430,41 +356,3 @@ def group_versions(targets: Mapping[int, int]) -> list[tuple[int, int]]:
     if held and not groups:
         groups.append((min(targets), last))
     return groups[:GROUPS]
-
-
-def _figures(sums: Sums) -> dict[str, Any]:
-    return {
-        "targets": sums.targets,
-        "normalized_entropy": _round(sums.normalized_entropy, 4),
-        "calibration": _round(sums.calibration, 4),
-        "auc": _round(sums.auc, 4),
-        "ctr": _round(sums.rate, 4),
-    }
-
-
-def _quantiles(buckets: Buckets) -> dict[str, Any]:
-    n = max(buckets.values(), default=0.0)
-    return {"n": round(n), "p50": _round(quantile(buckets, 0.5), 4), "p99": _round(quantile(buckets, 0.99), 4)}
-
-
-def _share(buckets: Buckets, edge: float) -> float | None:
-    """The share of observations at or below an edge (the largest one that is not above it)."""
-    n = max(buckets.values(), default=0.0)
-    return max((count for le, count in buckets.items() if le <= edge), default=0.0) / n if n else None
-
-
-def _rank(ordered: list[float], q: float) -> float | None:
-    """The nearest-rank quantile."""
-    return ordered[min(len(ordered) - 1, math.ceil(q * len(ordered)) - 1)] if ordered else None
-
-
-def _some(counts: Mapping[str, float]) -> dict[str, int]:
-    return {key: round(value) for key, value in sorted(counts.items()) if value}
-
-
-def _round(value: float | None, digits: int) -> float | None:
-    return None if value is None or not math.isfinite(value) else round(value, digits)
-
-
-def _whole(value: float | None) -> int | None:
-    return None if value is None else round(value)

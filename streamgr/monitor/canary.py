@@ -58,7 +58,15 @@ class Canary:
     """`fly` one, or `run` one after the other until `stop`."""
 
     def __init__(
-        self, settings: Monitor, topic: str, publisher: Publisher, clock: Clock, log: Log, stop: Stop, seen: Seen
+        self,
+        settings: Monitor,
+        topic: str,
+        publisher: Publisher,
+        *,
+        clock: Clock,
+        log: Log,
+        stop: Stop,
+        seen: Seen,
     ) -> None:
         """`seen` hears of every result."""
         self._settings, self._topic, self._publisher = settings, topic, publisher

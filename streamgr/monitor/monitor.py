@@ -84,7 +84,13 @@ class Watch:
             )
             topic, board = self._config.topic("events"), self.board
             Canary(
-                self._config.monitor, topic, self._producer, self._clock, self._log, self._canary_stop, board.canary
+                self._config.monitor,
+                topic,
+                self._producer,
+                clock=self._clock,
+                log=self._log,
+                stop=self._canary_stop,
+                seen=board.canary,
             ).start()
 
     def stop_canary(self) -> None:
@@ -131,11 +137,11 @@ class Monitor:
                 Engine(
                     self._config,
                     watch.board,
-                    self._clock,
-                    self._log,
-                    self._health,
-                    self._stop,
-                    lambda: self._look(watch),
+                    clock=self._clock,
+                    log=self._log,
+                    health=self._health,
+                    stop=self._stop,
+                    look=lambda: self._look(watch),
                 ).run()
             else:
                 self._wait(watch)

@@ -17,6 +17,7 @@ from streamgr.errors import BrokerUnreachable, DataError
 from streamgr.events import Records
 from streamgr.kafka.consumer import Consumer
 from streamgr.monitor.board import Board
+from streamgr.monitor.readings import SOURCE_UP
 from streamgr.service import Stop
 from streamgr.telemetry import Log
 from streamgr.weights.log import ManifestLog
@@ -24,6 +25,8 @@ from streamgr.weights.log import ManifestLog
 TURN_SECONDS = 0.25
 LETTERS_BACK = 1_000  # a partition
 BATCH = 2_000
+ASK_SECONDS = 1.0
+BROKER = "broker"  # as a source
 
 
 class Follower:
@@ -67,9 +70,12 @@ class Follower:
             self._board.manifests_anew()
             if records is not None:
                 records.assign(self._positions(records))
-            self.following = True
+            self.following, asked = True, 0.0
             while not self._stop:
                 self.turned = self._clock.monotonic()
+                if self.turned - asked >= ASK_SECONDS:
+                    asked = self.turned
+                    self._ask(manifests)
                 for entry in manifests.read(0.0 if records else TURN_SECONDS):
                     self._board.manifest(entry, self._clock.now_ms())
                 if records is not None:
@@ -80,6 +86,16 @@ class Follower:
             manifests.close()
             if records is not None:
                 records.close()
+
+    def _ask(self, manifests: ManifestLog) -> None:
+        """Whether the broker is there: what is not heard from it is not news."""
+        try:
+            manifests.bounds(ASK_SECONDS)
+        except BrokerUnreachable:
+            SOURCE_UP.labels(BROKER).set(0)
+        else:
+            SOURCE_UP.labels(BROKER).set(1)
+            self._board.heard(self._clock.now_ms())
 
     def _consumer(self, what: str) -> Consumer:
         def waiting() -> None:

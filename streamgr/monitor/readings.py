@@ -183,7 +183,6 @@ class Readings:
                 "up": s.up,
                 "ready": s.up and not s.why,
                 "why": s.why or None,
-                "since_ms": s.since_ms,
                 "silent_seconds": round((now_ms - (s.last_ms or s.since_ms)) / 1000, 1),
             }
             for s in self.sources.values()

@@ -63,9 +63,13 @@ class Tab:
                 self.errors.append(json.dumps(said["params"]["entry"])[:600])
 
     def go(self, url: str, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[scheme, {"name": "prefers-reduced-motion", "value": "reduce"}])
+        self.call(
+            "Emulation.setEmulatedMedia", features=[scheme, {"name": "prefers-reduced-motion", "value": "reduce"}]
+        )
         self.call("Page.navigate", url=url)
         wait_for("the page", lambda: self.js("document.readyState === 'complete'"), 10)
 

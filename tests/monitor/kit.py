@@ -51,7 +51,9 @@ def scorer(horizon_ms: int, *, version: int = 7, ages: dict[float, int] | None =
 
 
 def sequencer(events: int) -> Metrics:
-    text = f'streamgr_build_info{{version="0",role="sequencer"}} 1\nstreamgr_events_total{{kind="impression"}} {events}\n'
+    text = (
+        f'streamgr_build_info{{version="0",role="sequencer"}} 1\nstreamgr_events_total{{kind="impression"}} {events}\n'
+    )
     text += 'streamgr_events_total{kind="heartbeat"} 999\n'
     return Metrics(text + histogram("event_to_sequence_seconds", {0.25: events, float("inf"): events}) + "\n")
 
@@ -145,6 +147,7 @@ def lived(now_ms: int = T0, **monitor: Any) -> Board:
         board.events(events([shown, clicked] if n % 3 == 0 else [shown], at + 20), at)
     board.events(events([{"event_time": now_ms}], now_ms), now_ms)
     board.settle(now_ms)
+    board.heard(now_ms)
     for entry in versions(50, now_ms):
         board.manifest(entry, now_ms)
     board.dead_letter("bad_time", now_ms - 120_000, 0)

@@ -48,7 +48,9 @@ def test_a_lived_board_says_what_is() -> None:
     assert shown["dead_letters"]["hour"] == 3
     assert shown["dead_letters"]["by_reason"] == {"bad_time": 2, "other": 1}
     assert shown["canary"]["weights"]["last"] == 2.4
-    assert [s["up"] for s in shown["sources"]] == [True] * 3
+    assert [(s["name"], s["up"]) for s in shown["sources"]] == [(n, True) for n in ("broker", *kit.SOURCES)]
+    away = kit.lived().snapshot(T0 + 6_000)
+    assert not away["sources"][0]["up"] and away["broker"]["as_of_ms"] == T0
 
 
 def test_online_quality_is_by_version_and_in_the_metrics() -> None:
@@ -116,7 +118,9 @@ def test_percentiles_are_of_the_window_not_of_the_whole_life() -> None:
     for seconds in range(100):
         slow = 1_000 if seconds >= 50 else 20 * seconds  # until 50 s everything was slow, then fast
         counts = {1.0: max(0, seconds - 50), 60.0: slow + max(0, seconds - 50), math.inf: slow + max(0, seconds - 50)}
-        readings.answered("s", Metrics(kit.histogram("score_model_age_seconds", counts) + "\n"), "", T0 + 1_000 * seconds)
+        readings.answered(
+            "s", Metrics(kit.histogram("score_model_age_seconds", counts) + "\n"), "", T0 + 1_000 * seconds
+        )
     assert readings.lately("score_model_age_seconds") == {1.0: 10, 60.0: 10, math.inf: 10}
     assert len(readings.sources["s"].kept) <= 12
 
@@ -206,7 +210,9 @@ def test_targets_have_names(text: str, name: str, url: str) -> None:
     assert Target.of(text) == Target(name, url)
 
 
-@pytest.mark.parametrize("text", ["sequencer:9464", "ftp://x", "http://", "http://a:b", "http://a/metrics", "=http://a"])
+@pytest.mark.parametrize(
+    "text", ["sequencer:9464", "ftp://x", "http://", "http://a:b", "http://a/metrics", "=http://a"]
+)
 def test_what_is_no_target_is_refused_by_name(text: str) -> None:
     with pytest.raises(ConfigError, match=r"monitor\.scrape"):
         Target.of(text)

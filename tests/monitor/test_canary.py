@@ -36,7 +36,8 @@ class FakeScorer:
                 seen = [
                     event
                     for event in fake.events
-                    if event["user_id"] == user and CLOCK.now_ms() - fake.appended[event["event_id"]] >= fake.sequence_ms
+                    if event["user_id"] == user
+                    and CLOCK.now_ms() - fake.appended[event["event_id"]] >= fake.sequence_ms
                 ]
                 self._answer({"user_id": user, "events": seen[-5:]})
 
@@ -77,7 +78,8 @@ def canary(scorer: FakeScorer, seen: list[Any], stop: Stop | None = None, **sett
     monitor = Monitor(scorer=scorer.url, **{"canary_patience_seconds": 5.0} | settings)
     log = Log("monitor", Telemetry(log_level="error"), CLOCK)
     stop = Stop() if stop is None else stop
-    return Canary(monitor, "streamgr.events", scorer, CLOCK, log, stop, lambda hop, s, ms: seen.append((hop, s)))
+    heard = lambda hop, seconds, ms: seen.append((hop, seconds))  # noqa: E731
+    return Canary(monitor, "streamgr.events", scorer, clock=CLOCK, log=log, stop=stop, seen=heard)
 
 
 def count(histogram: Any) -> float:

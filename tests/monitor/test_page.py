@@ -13,8 +13,8 @@ import pytest
 from streamgr.clock import ManualClock, SystemClock
 from streamgr.errors import ConfigError
 from streamgr.monitor import board as boards
+from streamgr.monitor import figures, readings
 from streamgr.monitor import page as pages
-from streamgr.monitor import readings
 from streamgr.monitor.board import Board
 from streamgr.monitor.page import Page, assemble
 from tests.monitor import kit
@@ -35,6 +35,8 @@ class Site:
 
     def _snapshot(self) -> dict[str, Any]:
         now, self._beats = CLOCK.now_ms(), self._beats + 1
+        if "broker" not in self.away:
+            self.board.heard(now)
         if not self.stopped:
             told = {"sequencer": kit.sequencer(5_000 + 100 * self._beats), "trainer": kit.trainer()}
             n = 200 + 10 * self._beats
@@ -155,6 +157,7 @@ def test_it_shows_the_state(site: Site, tab: Tab) -> None:
     assert tab.js("document.querySelectorAll('#age-line path.stroke').length") == 1
     assert "v30–31" in tab.text("#online")
     assert tab.text("#vocabulary").startswith("admitted120")
+    assert "by the weights, after2.4 s" in tab.text("#canary") and "none lost" in tab.text("#canary-lost")
     assert tab.js("document.getElementById('away').hidden") is True
     assert tab.errors == []
 
@@ -183,8 +186,8 @@ def test_it_fits_a_phone(site: Site, tab: Tab, dark: bool, tmp_path: Path) -> No
     tab.go(site.url, width=375, height=760, dark=dark)
     wait_for("the numbers", lambda: tab.text("#age") == "1.5s", 10)
     assert tab.js("document.documentElement.scrollWidth") <= 375, "it scrolls sideways"
-    over = "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > 376 && !e.closest('.scroll')).length"
-    assert tab.js(over) == 0
+    wide = "e.getBoundingClientRect().right > 376 && !e.closest('.scroll')"
+    assert tab.js(f"[...document.querySelectorAll('body *')].filter(e => {wide}).length") == 0
     assert tab.js("getComputedStyle(document.querySelector('main')).gridTemplateColumns.split(' ').length") == 1
 
 
@@ -204,6 +207,7 @@ def test_a_role_that_is_away_is_named_and_its_figures_are_grey(
 ) -> None:
     monkeypatch.setattr(boards, "AWAY_SECONDS", 2.0)
     monkeypatch.setattr(readings, "AWAY_SECONDS", 2.0)
+    monkeypatch.setattr(figures, "AWAY_SECONDS", 2.0)
     tab.go(site.url)
     wait_for("the numbers", lambda: tab.text("#age") == "1.5s", 10)
     site.away.add("trainer")
@@ -213,8 +217,9 @@ def test_a_role_that_is_away_is_named_and_its_figures_are_grey(
     wait_for("grey", lambda: tab.js("document.querySelector('[data-group=vocabulary]').classList.contains('old')"), 3)
     assert "as of" in tab.text("[data-group=vocabulary]")
     assert tab.text("#status") == "fresh", "the scorer answers"
-    site.away.add("scorer")
+    site.away |= {"scorer", "broker"}
     wait_for("not known", lambda: tab.text("#status") == "freshness not known", 12)
+    wait_for("grey", lambda: "as of" in tab.text("[data-group=letters]"), 3)
     site.away.clear()
     wait_for("all well again", lambda: tab.js("document.getElementById('away').hidden"), 5)
     assert tab.text("#status") == "fresh"
@@ -241,11 +246,22 @@ def test_the_page_is_put_together_once_and_whole() -> None:
 
 CONTRAST = """(() => {
   const channel = (c) => { c /= 255; return c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4; };
-  const light = (css) => { const [r, g, b] = css.match(/[0-9.]+/g).map(Number); return 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b); };
-  const behind = (e) => { while (e) { const c = getComputedStyle(e).backgroundColor; if (!/, 0\\)$/.test(c)) return c; e = e.parentElement; } return "rgb(255,255,255)"; };
+  const light = (css) => {
+    const [r, g, b] = css.match(/[0-9.]+/g).map(Number);
+    return 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
+  };
+  const behind = (e) => {
+    for (; e; e = e.parentElement) {
+      const color = getComputedStyle(e).backgroundColor;
+      if (!/, 0\\)$/.test(color)) return color;
+    }
+    return "rgb(255, 255, 255)";
+  };
   const ratios = {};
-  for (const css of ["#age", "#age-note", "#status", "h2", "small", "#canary dt", "#canary dd", "footer a", "#sources .quiet", "#online td", "#online th"]) {
-    const e = document.querySelector(css), [a, b] = [light(getComputedStyle(e).color), light(behind(e))];
+  const looked = ["#age", "#age-note", "#status", "h2", "small", "#vocabulary dt", "#vocabulary dd", "#canary td",
+    "footer a", "#sources .quiet", "#online td", "#online th"];
+  for (const css of looked) {
+    const e = document.querySelector(css), a = light(getComputedStyle(e).color), b = light(behind(e));
     ratios[css] = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
   }
   return { ground: light(getComputedStyle(document.body).backgroundColor), ratios };

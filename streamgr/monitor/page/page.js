@@ -48,6 +48,7 @@ function number(id, [value, unit]) {
 
 const since = () => (performance.now() - cameAt) / 1000; // by our own clock: the monitor's may be another
 const ageOf = (asOf) => known(asOf) ? (state.now_ms - asOf) / 1000 + since() : null;
+const oldest = (...times) => times.every(known) ? Math.min(...times) : null;
 function mark(element, asOf, never) {
   const age = ageOf(asOf), old = age === null || age > state.away_seconds;
   element.classList.toggle("old", old);
@@ -66,6 +67,7 @@ function line(id, points, { keys, floor = null, ceiling = null, target = null, s
   const values = points.flatMap((p) => keys.map((k) => p[k])).filter(known);
   if (values.length < 2) { holder.replaceChildren(make("p", { class: "quiet" }, "not enough readings yet")); return; }
   let low = floor ?? Math.min(...values), high = Math.max(...values, ceiling ?? -Infinity);
+  if (floor !== null) high *= 1.25; // some air above
   if (target !== null && target < high * 3) high = Math.max(high, target * 1.08);
   if (high - low < 1e-9) { high += Math.abs(high) * 0.1 + 0.01; }
   const width = 600, height = 100, from = points[0].ms, to = points.at(-1).ms;
@@ -106,7 +108,7 @@ function hero() {
   const newest = known(w.newest) ? `newest published v${w.newest}` : "nothing published yet";
   text("version-note", w.pinned ? `pinned at v${w.pinned}; ${newest}` : newest);
   number("rate", known(t.events_per_second) ? [t.events_per_second < 10 ? t.events_per_second.toFixed(1) : count(t.events_per_second), ""] : ["–", ""]);
-  text("rate-note", `${fixed(t.targets_per_second, 0)} targets learned a second`);
+  text("rate-note", known(t.targets_per_second) ? `${count(t.targets_per_second)} targets learned a second` : "");
 }
 
 const SCALE = [0.01, 1000]; // seconds, of the hops' bars
@@ -117,7 +119,7 @@ function hops() {
     const age = ageOf(h.as_of_ms), old = age === null || age > state.away_seconds;
     const figures = old ? (age === null ? "never read" : `as of ${span(age)} ago`) : h.n ? `${span(h.p50)} · ${span(h.p99)}` : "none lately";
     return make("div", { class: old ? "hop old" : "hop" }, make("span", {}, h.label),
-      make("div", { class: "bar", "aria-hidden": "true" }, make("u", { "width%": along(h.p99) }), make("i", { "width%": along(h.p50) })),
+      make("div", { class: "bar", "aria-hidden": "true" }, h.n ? make("u", { "width%": along(h.p99) }) : null, h.n ? make("i", { "width%": along(h.p50) }) : null),
       make("span", { class: old ? "figures age-tag" : "figures" }, figures));
   });
   $("hops").replaceChildren(...rows);
@@ -131,9 +133,11 @@ function pairs(id, rows) {
 function canary() {
   const c = state.canary, lost = Object.entries(c.lost).map(([hop, n]) => `${n} at ${hop}`).join(", ");
   text("canary-note", c.every_seconds ? `a marked event every ${span(c.every_seconds)}` : "off");
-  const row = (s) => s.n ? `${span(s.last)} (p50 ${span(s.p50)}, p99 ${span(s.p99)})` : "none yet";
-  const last = Math.max(c.sequence.as_of_ms || 0, c.weights.as_of_ms || 0);
-  pairs("canary", [["last seen", last ? `${span(Math.max(0, ageOf(last)))} ago` : "not yet"], ["in the sequence after", row(c.sequence)], ["in the weights after", row(c.weights)], ["lost", lost || "none"]]);
+  const row = (name, s) => make("tr", {}, ...[name, span(s.last), span(s.p50), span(s.p99)].map((v) => make("td", {}, v)));
+  $("canary").replaceChildren(make("tr", {}, ...["it is served", "last", "p50", "p99"].map((h) => make("th", { scope: "col" }, h))),
+    row("by the sequence, after", c.sequence), row("by the weights, after", c.weights));
+  const seen = Math.max(c.sequence.as_of_ms || 0, c.weights.as_of_ms || 0);
+  text("canary-lost", `${seen ? `last seen ${span(Math.max(0, ageOf(seen)))} ago` : "none seen yet"}; ${lost ? `lost: ${lost}` : "none lost"}`);
 }
 
 const MODELS = { continuous: "continuous, learns on", frozen: "frozen weights", popularity: "popularity", oracle: "oracle, the best possible" };
@@ -261,7 +265,11 @@ function draw() {
 function age() { // between two snapshots only time goes on
   if (!state) return;
   banner();
-  const asOf = { freshness: state.freshness.as_of_ms, weights: state.weights.as_of_ms, traffic: state.traffic.as_of_ms, quality: state.quality.as_of_ms, vocabulary: state.vocabulary.as_of_ms };
+  const q = state.quality, broker = state.broker.as_of_ms;
+  const asOf = {
+    freshness: state.freshness.as_of_ms, traffic: state.traffic.as_of_ms, vocabulary: state.vocabulary.as_of_ms, online: broker, letters: broker,
+    weights: oldest(state.weights.as_of_ms, broker), quality: q.compared_as_of_ms ? oldest(q.as_of_ms, q.compared_as_of_ms) : q.as_of_ms,
+  };
   for (const element of document.querySelectorAll("[data-group]")) if (element.dataset.group in asOf) mark(element, asOf[element.dataset.group], "never read");
   if (since() > NEWS_SECONDS) { hops(); lag(); sources(); }
 }
