@@ -16,7 +16,7 @@ SOAK ?=
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format crash-test crash-test-trainer cluster-test fuzz fuzz-weights
+.PHONY: help install demo test check audit format crash-test crash-test-trainer cluster-test fuzz fuzz-weights
 .PHONY: bench-ingest bench-latency bench-restore bench-replay bench-table bench-delta bench-vocabulary clean
 .PHONY: up down secrets drill soak
 
@@ -38,11 +38,15 @@ demo: $(VENV)/installed  ## the whole system on this machine for SECONDS_TO_RUN 
 test: check  ## the linters, then every test (real Kafka: set KAFKA_HOME or KAFKA_BOOTSTRAP)
 	$(PY) -m pytest
 
-check: $(VENV)/installed  ## ruff, mypy --strict and the layer contracts
+check: $(VENV)/installed  ## ruff, mypy --strict, the layer contracts and the audit
 	$(VENV)/bin/ruff check streamgr tests
 	$(VENV)/bin/ruff format --check streamgr tests
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	$(PY) -m tests.ops.audit
+
+audit: $(VENV)/installed  ## the dependencies against the public advisories; says so where nobody can be asked
+	$(PY) -m tests.ops.audit
 
 format: $(VENV)/installed  ## put the code into its format
 	$(VENV)/bin/ruff check --fix streamgr tests

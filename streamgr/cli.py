@@ -227,13 +227,13 @@ def _examples(args: argparse.Namespace, config: Config, origin: dict[str, str]) 
 
 
 def _weights(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> int:
+    if args.verb == "pin" and args.remove == (args.version is not None):
+        raise UsageError("name the version to pin, or give --remove, not both")
+    _require_broker(config, "manifests")  # before torch, whose import takes as long
     from streamgr.clock import SystemClock
     from streamgr.weights import views
 
     clock = SystemClock()
-    if args.verb == "pin" and args.remove == (args.version is not None):
-        raise UsageError("name the version to pin, or give --remove, not both")
-    _require_broker(config, "manifests")
     if args.verb == "list":
         return _lines(views.list_versions(config, clock))
     if args.verb == "show":

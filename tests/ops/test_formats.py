@@ -41,8 +41,10 @@ def events() -> dict[str, list[str]]:
             owner = ast.unparse(node.func.value)
             if node.func.attr in ("info", "warning", "error") and re.search(r"(^|[._])log$", owner):
                 where = f"{path.relative_to(ROOT)}:{node.lineno}"
-                assert node.args and isinstance(node.args[0], ast.Constant), f"{where}: an event is a literal name"
-                found[str(node.args[0].value)].append(where)
+                name = node.args[0]
+                for choice in (name.body, name.orelse) if isinstance(name, ast.IfExp) else (name,):
+                    assert isinstance(choice, ast.Constant), f"{where}: an event is a literal name"
+                    found[str(choice.value)].append(where)
     return found
 
 
