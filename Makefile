@@ -9,12 +9,16 @@ DATA ?= ../shared/data
 N ?= 100
 MESSAGES ?= 1000000
 BENCH ?=
+UP ?=
+DOWN ?=
+DRILL ?=
+SOAK ?=
 export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check audit format crash-test crash-test-trainer cluster-test fuzz fuzz-weights
 .PHONY: bench-ingest bench-latency bench-restore bench-delta bench-replay bench-table bench-vocabulary
-.PHONY: bench-candidates bench-offline bench-streaming bench-ablations clean
+.PHONY: bench-candidates bench-offline bench-streaming bench-ablations up down secrets drill soak clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -96,6 +100,24 @@ bench-streaming: $(VENV)/installed  ## attention with and without softmax, and T
 
 bench-ablations: $(VENV)/installed  ## what each part of the model is worth on our own streams
 	$(PY) -m tests.bench.ablations --data $(DATA) $(BENCH)
+
+up:  ## the whole system in containers (UP="--profile demo": with a simulated site); http://127.0.0.1:8090
+	docker compose $(UP) up --detach --build --wait
+
+down:  ## stop the containers; their volumes stay (DOWN=--volumes: they go too)
+	docker compose --profile demo down $(DOWN)
+
+secrets: compose/secrets/grafana_admin  ## a password for Grafana's administrator (compose/admin.yaml), unless there is one
+
+compose/secrets/grafana_admin:
+	mkdir -p -m 700 $(@D)
+	python3 -c 'import secrets; print(secrets.token_urlsafe(24))' >$@ && chmod 644 $@
+
+drill: $(VENV)/installed  ## break a stack of containers in every way, and see it heal, say so and lose nothing (DRILL=…)
+	$(PY) -m tests.ops.drill $(DRILL)
+
+soak: $(VENV)/installed  ## freshness over ten minutes at 300 events a second (SOAK=…)
+	$(PY) -m tests.ops.soak $(SOAK)
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist reports

@@ -174,6 +174,12 @@ def _produce(args: argparse.Namespace, config: Config, origin: dict[str, str]) -
     return produce.run(config, args)
 
 
+def _feed(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> int:
+    from streamgr.lab import feed
+
+    return feed.run(config, args)
+
+
 def _sequences(args: argparse.Namespace, config: Config, origin: dict[str, str]) -> int:
     from streamgr.sequence import views
 
@@ -338,6 +344,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--speed", type=float, default=0.0, help="event-time speed-up, 0 = as fast as possible")
     sub.add_argument("--close", action="store_true", help="end with heartbeats that close every open label")
     sub.add_argument("--skip-bad-rows", action="store_true", help="count rows that cannot be read instead of stopping")
+
+    sub = add("feed", _feed, "a simulated site's events until SIGTERM", "streamgr feed --scorer 127.0.0.1:8080")
+    sub.add_argument("--scorer", default="127.0.0.1:8080", metavar="HOST:PORT", help="who ranks what is shown")
+    sub.add_argument("--seconds", type=float, metavar="N", help="end by itself after N seconds")
+    sub.add_argument("--oracle", metavar="FILE", help="where the true probabilities go (default: nowhere)")
 
     again = argparse.ArgumentParser(add_help=False)  # the common options after a verb; silent where they are not given
     again.add_argument("--config", action="append", metavar="FILE", default=argparse.SUPPRESS)

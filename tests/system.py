@@ -108,18 +108,7 @@ class System:
 
     def publish(self, rows: list[tuple[bytes | None, bytes | None, int | None]]) -> None:
         """(key, value, partition or None for the key's own)."""
-        producer = Producer(
-            {"bootstrap.servers": self.bootstrap, "partitioner": "murmur2_random", "message.max.bytes": 2 << 20}
-        )
-        for key, value, partition in rows:
-            where = {} if partition is None else {"partition": partition}
-            while True:
-                try:
-                    producer.produce(f"{self.prefix}.events", value, key, **where)
-                    break
-                except BufferError:
-                    producer.poll(0.1)
-        assert producer.flush(30) == 0
+        publish(self.bootstrap, f"{self.prefix}.events", rows)
 
     def read(self, topic: str) -> list[Any]:
         """Every record of a topic, as confluent_kafka messages, partition by partition in order."""
@@ -180,6 +169,20 @@ class System:
                 return error.code, json.loads(error.read() or b"{}")
         except OSError:
             return 0, {}
+
+
+def publish(bootstrap: str, topic: str, rows: list[tuple[bytes | None, bytes | None, int | None]]) -> None:
+    """(key, value, partition or None for the key's own), all of them acknowledged."""
+    producer = Producer({"bootstrap.servers": bootstrap, "partitioner": "murmur2_random", "message.max.bytes": 2 << 20})
+    for key, value, partition in rows:
+        where = {} if partition is None else {"partition": partition}
+        while True:
+            try:
+                producer.produce(topic, value, key, **where)
+                break
+            except BufferError:
+                producer.poll(0.1)
+    assert producer.flush(30) == 0
 
 
 def kill(child: "subprocess.Popen[bytes]") -> None:

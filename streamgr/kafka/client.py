@@ -162,6 +162,9 @@ def librdkafka_settings(settings: Kafka, client_id: str, voice: Voice, **ours: S
         "reconnect.backoff.max.ms": 2_000,
         "socket.timeout.ms": 10_000,  # a broker that hangs is left for the others sooner than in librdkafka's minute
         "log.connection.close": False,
+        # A broker that leaves in good order names nobody as its partitions' leader, and librdkafka (2.16, issue 5430)
+        # may ask again only when this has passed, by default five minutes, though the broker is long back.
+        "topic.metadata.refresh.interval.ms": 5_000,
     }
     conf |= settings.librdkafka
     if settings.sasl_password:

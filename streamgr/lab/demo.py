@@ -177,7 +177,7 @@ class Demo:
         file = ["--config", self._stage.files["feed"]]
         how = ["--scorer", self._stage.scorer, "--oracle", str(self._stage.truth)]
         how += [] if self._seconds is None else ["--seconds", str(self._seconds)]
-        return self._children.start("feed", "-m", "streamgr.lab.feed", *file, *how, is_role=False)
+        return self._children.start("feed", "-m", "streamgr", "feed", *file, *how, is_role=False)
 
     def _on_their_way(self, sent: int) -> int:
         """Of the events sent: how many are not yet in sequences, or closed and not yet learned."""

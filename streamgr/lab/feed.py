@@ -10,24 +10,24 @@ The true probabilities go to a side file, a JSON line a slate, before the events
 reads it. After `--seconds` no slate is shown, drawn actions are still sent, and one heartbeat far enough ahead closes
 every open label.
 
-    python -m streamgr.lab.feed --config demo.toml --scorer 127.0.0.1:8080 --seconds 60 --oracle oracle.jsonl
+    streamgr feed --config demo.toml --scorer 127.0.0.1:8080 --seconds 60 --oracle oracle.jsonl
 """
 
 import argparse
 import heapq
 import http.client
 import json
+import os
 import socket
 import ssl
 from collections.abc import Callable
-from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
 import msgspec
 
 from streamgr.clock import Clock, SystemClock, milliseconds
-from streamgr.config import Config, load
-from streamgr.errors import ConfigError, StreamgrError
+from streamgr.config import Config
+from streamgr.errors import BrokerUnreachable, ConfigError, StreamgrError, TryAgain
 from streamgr.events import heartbeat
 from streamgr.lab.produce import closing_ms
 from streamgr.lab.simulator import Shown, World
@@ -246,19 +246,12 @@ class Feed:
         self._events += 1
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The process: `python -m streamgr.lab.feed`."""
+def run(config: Config, args: argparse.Namespace) -> int:
+    """The command; returns its exit code. Told to stop, it sends what is drawn, closes every label and leaves."""
     from streamgr.kafka.producer import Producer
     from streamgr.kafka.topics import identity
 
-    parser = argparse.ArgumentParser(prog="streamgr.lab.feed", description="The demo's simulated site.")
-    parser.add_argument("--config", action="append", default=[], metavar="FILE")
-    parser.add_argument("--scorer", required=True, metavar="HOST:PORT")
-    parser.add_argument("--seconds", type=float, metavar="N")
-    parser.add_argument("--oracle", required=True, metavar="FILE", help="where the true probabilities go")
-    args = parser.parse_args(argv)
     clock, stop = SystemClock(), Stop().on_signals()
-    config, _ = load([Path(path) for path in args.config])
     log, health = Log("feed", config.telemetry, clock), Health("feed", clock)
     announce("feed")
     probes = Probes(config.telemetry, health)
@@ -271,8 +264,9 @@ def main(argv: list[str] | None = None) -> int:
             certificate=config.scorer.tls_certificate,
         )
         partitions = identity(config.kafka, config.topic("events")).partitions
-        publisher = Producer(config.kafka, client_id=f"feed-{socket.gethostname()}", log=log, stop=stop)
-        with open(args.oracle, "wb") as oracle:
+        name = f"feed-{socket.gethostname()}"
+        publisher = Producer(config.kafka, client_id=name, log=log, stop=stop, waiting=health.turned)
+        with open(args.oracle or os.devnull, "wb") as oracle:
             feed = Feed(
                 config, clock, health, stop, publisher=publisher, partitions=partitions, ask=ranker.ask, oracle=oracle
             )
@@ -280,13 +274,12 @@ def main(argv: list[str] | None = None) -> int:
         ranker.close()
         publisher.close()
     except StreamgrError as error:
+        if stop and isinstance(error, BrokerUnreachable | TryAgain):  # told to leave while the broker was away
+            log.warning("stopped_waiting", str(error))
+            return 0
         log.error("stopped_by_error", str(error), exit_code=error.exit_code)
         return error.exit_code
     finally:
         probes.close()
     log.info("fed", "everything is sent and closed", events=events)
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -16,7 +16,7 @@ from confluent_kafka import Consumer, Message, TopicPartition
 from streamgr.clock import Deadline, SystemClock
 from streamgr.sequence import examples as wire
 from tests import rulebook
-from tests.crash.hosts import ACTIONS, CLOSING_MS, LATENESS_MS, MAX_FUTURE_MS, STEP_MS, WINDOW_MS, Host
+from tests.crash.hosts import ACTIONS, LATENESS_MS, MAX_FUTURE_MS, STEP_MS, WINDOW_MS, Host
 from tests.crash.worker import MARK
 from tests.oracle import Oracle, Target
 from tests.system import PARTITIONS
@@ -25,6 +25,23 @@ SHOWN = 5
 PATIENCE_SECONDS = 30.0
 Json = dict[str, Any]
 Place = tuple[int, int]  # partition, offset
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What decides the answer: the settings under which the log was written and read."""
+
+    window_ms: int
+    lateness_ms: int
+    step_ms: int
+    max_future_ms: int
+
+    @property
+    def closing_ms(self) -> int:
+        return self.window_ms + self.lateness_ms + self.step_ms
+
+
+STORM = Rules(WINDOW_MS, LATENESS_MS, STEP_MS, MAX_FUTURE_MS)
 
 
 @dataclass
@@ -58,12 +75,12 @@ class Emitted:
     problems: list[str] = field(default_factory=list)
 
 
-def judge(host: Host, export: str, said: dict[int, int] | None = None) -> tuple[Json, list[str]]:
+def judge(host: Host, export: str, said: dict[int, int] | None = None, rules: Rules = STORM) -> tuple[Json, list[str]]:
     """What is there against what must be: counts, and what is wrong.
 
     export: the sequences as the store has them. said: where the examples ended when all had been said (None: now).
     """
-    want = expected(host)
+    want = expected(host, rules)
     sequences, wanted = want.sequences, want.targets
     lost, doubled, different = difference(export, sequences)
     got = emitted(host, said)
@@ -117,14 +134,13 @@ def ends(consumer: Consumer, name: str) -> dict[int, int]:
     return {p: int(consumer.get_watermark_offsets(TopicPartition(name, p), timeout=5)[1]) for p in range(PARTITIONS)}
 
 
-def expected(host: Host) -> Expected:
+def expected(host: Host, rules: Rules = STORM) -> Expected:
     """The oracles' answer to what now lies in the events topic."""
-    found = Expected([Oracle(WINDOW_MS, LATENESS_MS, STEP_MS) for _ in range(PARTITIONS)])
+    found = Expected([Oracle(rules.window_ms, rules.lateness_ms, rules.step_ms) for _ in range(PARTITIONS)])
+    limits = {"max_future_ms": rules.max_future_ms, "closing_ms": rules.closing_ms}
     for m in records(host, "events"):
         key, value = m.key(), m.value()
-        outcome = rulebook.judge(
-            key, value, m.timestamp()[1], actions=ACTIONS, max_future_ms=MAX_FUTURE_MS, closing_ms=CLOSING_MS
-        )
+        outcome = rulebook.judge(key, value, m.timestamp()[1], actions=ACTIONS, **limits)
         found.records += 1
         if isinstance(outcome, str):
             found.reasons[m.partition(), m.offset()] = outcome
