@@ -43,8 +43,8 @@ def attention(case: Case) -> Iterator[Finding]:
     import torch
 
     from streamgr.events import FIRST_ACTION, IMPRESSION, History
-    from streamgr.model import attention
-    from streamgr.model.tokens import tokenize
+    from streamgr.model import attention, attention_blocks
+    from streamgr.model.tokens import Layout, tokenize
 
     random, settings = np.random.default_rng(1), case.config.model
     lengths = (TOKENS // 2, TOKENS // 4, TOKENS // 4)
@@ -57,14 +57,13 @@ def attention(case: Case) -> Iterator[Finding]:
         )
         for n in lengths
     ]
-    tokens = tokenize(histories)
+    tokens, shape = tokenize(histories, Layout(1)), attention.Shape.of(settings)
     draw = torch.Generator().manual_seed(1)
     width = settings.dim // settings.heads
     q, k, v = (torch.randn(len(tokens), settings.heads, width, generator=draw) for _ in range(3))
-    buckets = settings.position_buckets, settings.time_buckets
-    table = attention.bias_table(*(torch.randn(n, generator=draw) for n in buckets))
-    fast = attention.attend(q, k, v, table, attention.plan(tokens, *buckets))
-    plain = attention.reference(q, k, v, table, attention.plan_padded(tokens, *buckets))
+    position, time = (torch.randn(n, generator=draw) for n in (shape.positions, shape.times))
+    fast = attention_blocks.attend(q, k, v, position, time, attention_blocks.plan(tokens, shape))
+    plain = attention.reference(q, k, v, position, time, attention.pairs(tokens, shape))
     apart = float((fast - plain).abs().max() / plain.abs().max().clamp(min=1e-9))
     what = f"fast and plain differ by {apart:.1e} of the largest value on {len(tokens)} tokens"
     if apart > TOLERANCE:

@@ -221,7 +221,7 @@ class _Padded:
         """f32[T, H, d]"""
         plan = self._plan
         rows = (plan.sequence * self._heads + plan.place)[:, None] + plan.width[:, None] * torch.arange(self._heads)
-        return self._sums.index_select(0, rows.view(-1)).view(len(rows), self._heads, -1)
+        return self._sums.index_select(0, rows.view(-1)).view(len(rows), self._heads, self._sums.shape[1])
 
 
 class _Room:

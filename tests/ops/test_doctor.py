@@ -26,7 +26,7 @@ from streamgr.kafka import topics
 from streamgr.kafka.client import Admin
 from streamgr.kafka.embedded import EmbeddedBroker
 from streamgr.kafka.producer import Producer
-from streamgr.model import attention
+from streamgr.model import attention_blocks
 from streamgr.sanity import Finding, findings
 from streamgr.state import store as state_store
 from streamgr.telemetry import Health, Probes
@@ -266,8 +266,8 @@ def test_a_damaged_checkpoint_is_a_warning_and_none_at_all_a_failure(tmp_path: P
 
 def test_the_fast_path_is_held_against_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert levels(model.attention(case(Config()))) == {"ok"}
-    right = attention.attend
-    monkeypatch.setattr(attention, "attend", lambda *given: right(*given) * 1.001)
+    right = attention_blocks.attend
+    monkeypatch.setattr(attention_blocks, "attend", lambda *given: right(*given) * 1.001)
     assert only("fail", model.attention(case(Config()))).exit_code == 1
 
 
