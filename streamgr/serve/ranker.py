@@ -104,7 +104,7 @@ class Ranker:
         if entry is not None and 0 < n <= 2 * start:
             cache = recommender.extend(entry.cache, tokens, at, served.vectors(tokens.keys[start:])[0])
             outcome = "hit" if n - start <= 1 and n == len(entry.cache.tokens) else "extended"
-        else:  # one pass over everything is cheaper than appending most of it
+        else:  # from about one half on, one pass over everything is cheaper than appending
             cache = recommender.prefill(tokens, at, served.vectors(tokens.keys)[0])
         served.caches.keep(user, window, cache, outcome)
         return cache, events(window)

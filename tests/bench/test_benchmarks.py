@@ -9,6 +9,7 @@ import torch
 from streamgr import config
 from streamgr.clock import milliseconds
 from streamgr.train.learner import Learner
+from tests.bench import candidates
 from tests.bench.churn import Stream, prepare
 from tests.bench.contestants import ENTRANTS, Recent, entrant
 from tests.bench.mappings import Dict, LinearProbe, Ours, SortedSearch
@@ -81,3 +82,11 @@ def test_a_static_table_fills_once(stream: Stream) -> None:
     own = rows[rows > 1]
     assert len(stream.vocabulary) > len(own) == settings.table.slots + settings.table.fallback_rows - 1
     assert len(set(own.tolist())) == len(own) and own.max() == len(contestant.table.weight) - 1
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("preset", ["paper", "dlrm_v3"])
+def test_the_ways_to_score_candidates_are_one_function(preset: str) -> None:
+    bench = candidates.Bench(candidates.served(preset), candidates.some_history(64))
+    candidates.check(bench)
+    assert bench.cache.reusable(bench.model.tokens(bench.history, candidates.NOW + 5, candidates.USER)) == 63

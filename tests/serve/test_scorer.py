@@ -127,7 +127,7 @@ def shown(user: str, n: int, first: int = 0) -> list[dict[str, Any]]:
 def test_a_scorers_life(broker: EmbeddedBroker, prefix: str, tmp_path: Path) -> None:
     config = configured(broker.bootstrap, prefix, tmp_path)
     topics.apply(config.kafka, topics.load_specs(topics.specs_path(), prefix))
-    ask = {"user_id": "u1", "candidates": ITEMS[:4]}
+    ask = {"user_id": "u1", "candidates": ITEMS[:4], "at": CLOCK.now_ms() + 3_600_000}  # later: another answer
     with running(config) as role:
         role.until("it follows", lambda: role.ask("/readyz")[1]["sequences"] == "ok")
         assert role.ask("/v1/rank", ask) == (503, {"error": "no_weights"})
@@ -159,7 +159,8 @@ def test_a_scorers_life(broker: EmbeddedBroker, prefix: str, tmp_path: Path) -> 
 
         views.rollback(config, CLOCK)
         role.until("it has gone back", lambda: role.ask("/v1/rank", ask)[1]["weights_version"] == first)
-        assert role.ask("/v1/rank", ask)[1]["items"] == warm["items"]
+        back = {i["item_id"]: i["score"] for i in role.ask("/v1/rank", ask)[1]["items"]}
+        assert back == pytest.approx({i["item_id"]: i["score"] for i in warm["items"]}, abs=1e-6)
         views.unpin(config)
         role.until("it is let go", lambda: role.ask("/v1/rank", ask)[1]["weights_version"] == delta)
 
