@@ -27,6 +27,7 @@ from streamgr.weights.subscriber import Version
 
 NOW = 1_700_000_000_000
 ACTIONS = ("click", "like")
+WINDOW_MS = 600_000
 
 
 def settings(**scorer: Any) -> Config:
@@ -51,7 +52,7 @@ class Weights:
     digest: StateDigest = field(init=False)
 
     def __post_init__(self) -> None:
-        self.model = Recommender(self.config.model, ACTIONS, self.seed)
+        self.model = Recommender(self.config.model, ACTIONS, self.seed, WINDOW_MS)
         self.table = IdTable(self.config.table, self.config.model.dim, self.seed)
         self.digest = StateDigest(len(self.table.weight))
 
@@ -87,7 +88,7 @@ class Weights:
             "model": msgspec.to_builtins(self.config.model),
             "table": msgspec.to_builtins(self.table.geometry),
             "actions": list(ACTIONS),
-            "window_ms": 600_000,
+            "window_ms": WINDOW_MS,
         }
         facts: dict[str, Any] = {
             "kind": kind, "epoch": 1, "version": self.version, "parent": None if rows is None else self.version - 1,

@@ -105,10 +105,15 @@ class Interleavings(RuleBasedStateMachine):
 
     users = st.sampled_from(["u", "v", "w"])
 
-    @initialize(preset=st.sampled_from(["paper", "dlrm_v3"]), local=st.sampled_from([0, 5]), user=st.booleans())
-    def begin(self, preset: str, local: int, user: bool) -> None:
+    @initialize(
+        preset=st.sampled_from(["paper", "dlrm_v3"]),
+        local=st.sampled_from([0, 5]),
+        user=st.booleans(),
+        tokens=st.sampled_from(["interleaved", "summed"]),
+    )
+    def begin(self, preset: str, local: int, user: bool, tokens: str) -> None:
         torch.set_num_threads(1)
-        self.twins = Twins(preset=preset, local_window=local, user_token=user)
+        self.twins = Twins(preset=preset, local_window=local, user_token=user, tokens=tokens)
         self.now, self.asked = NOW, 0
 
     @rule(user=users, kinds=st.lists(st.integers(IMPRESSION, FIRST_ACTION + 1), min_size=1, max_size=7),
