@@ -88,7 +88,8 @@ class Recommender(nn.Module):
             states, kept = self.stack.extend(embedded[begin - start : end - start], kept, view, append=True)
             hidden.append(states)
         query = int(tokens.queries[0])
-        return Cache(tokens, at, kept, cache.acted if 0 <= query < start else _row(torch.cat(hidden), query - start))
+        acted = cache.acted if 0 <= query < start else _row(torch.cat(hidden), query - start if query >= start else -1)
+        return Cache(tokens, at, kept, acted)
 
     def score(self, cache: Cache, candidate_vectors: Tensor) -> Tensor:
         """Logits f32[c, K] of candidates f32[c, D] shown at the cache's `at`."""
@@ -128,5 +129,5 @@ class Recommender(nn.Module):
 
 
 def _row(hidden: Tensor, index: int) -> Tensor:
-    """f32[1, D]: a copy of one row; f32[0, D] for a negative index."""
+    """f32[1, D]: a copy of one row; f32[0, D] for -1."""
     return hidden[max(index, 0) : index + 1].clone()
