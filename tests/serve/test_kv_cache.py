@@ -253,13 +253,13 @@ def test_without_room_nothing_is_kept_or_counted() -> None:
 def test_a_window_goes_on_where_it_began_or_is_of_no_use() -> None:
     window, cache = entry(20)
     kept = Entry(window.take(slice(4, 5)), cache)
-    assert len(kept.window(window, 12, 18) or []) == 16
-    assert kept.window(window, 17, 18) is None, "fewer than there should be, when there are more"
-    assert kept.window(window, 12, 15) is None, "it has outgrown the slack"
-    assert kept.window(window.take(slice(5, None)), 12, 18) is None, "its first event is no longer there"
-    assert kept.window(window.take(slice(0)), 12, 18) is None
+    assert kept.goes_on(window, 12, 18) == 16
+    assert kept.goes_on(window, 17, 18) is None, "fewer than there should be, when there are more"
+    assert kept.goes_on(window, 12, 15) is None, "it has outgrown the slack"
+    assert kept.goes_on(window.take(slice(5, None)), 12, 18) is None, "its first event is no longer there"
+    assert kept.goes_on(window.take(slice(0)), 12, 18) is None
     profile = replace(window, kinds=np.where(np.arange(20) == 10, 0, window.kinds).astype(np.uint8))
-    assert len(kept.window(profile, 12, 15) or []) == 16, "what is known of the user's profile takes no room"
+    assert kept.goes_on(profile, 12, 15) == 15, "what is known of the user's profile takes no room"
 
 
 def test_many_threads_beside_swaps() -> None:
