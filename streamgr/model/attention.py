@@ -37,7 +37,7 @@ def time_bucket(milliseconds: Tensor, count: int) -> Tensor:
     years; negative counts as 0. Read off a float's bits, exponent and first bit of the fraction, so that every
     backend agrees exactly, which no logarithm grants.
     """
-    x = milliseconds.clamp(min=0).to(torch.float32).div_(TIME_UNIT_MS).add_(1)
+    x = milliseconds.to(torch.float32).clamp_(min=0).div_(TIME_UNIT_MS).add_(1)
     return ((x.view(torch.int32) >> 22) - (127 << 1)).clamp_(max=count - 1)
 
 

@@ -8,9 +8,9 @@ that SiLU and its derivative are exactly 0: that is the mask, padding included. 
 one bin count backward, and a pair of tokens four bytes of plan. A plan keeps at most PLAN_BYTES of it: what does not
 fit is laid out again each time that it is needed, so memory stays bounded however long the sequences are.
 
-Scores are made again in the backward pass rather than kept, and every tile uses the same few buffers: a fresh
-allocation of that size is fresh pages, and touching those costs as much as the arithmetic. The sums run in a fixed
-order: same input, same bits.
+What SiLU takes is kept for the backward pass up to SCORE_BYTES a layer, and beyond that made again; all else that is as
+large lies in a few buffers that every tile uses: a fresh allocation of that size is fresh pages, and touching those
+costs as much as the arithmetic. The sums run in a fixed order: same input, same bits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from streamgr.model import jagged
 from streamgr.model.attention import Shape, time_bucket
@@ -32,6 +31,7 @@ NOTHING = -1e9
 ROWS = 64  # of a tile: fewer skip more of the causal half, more make better matrix products
 COLUMNS = 1024
 PLAN_BYTES = 256 << 20
+SCORE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,12 +161,17 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, table: Tensor, plan: Plan) -> Tensor:  # noqa: PLR0917
         ctx.save_for_backward(q, k, v, table)
         ctx.plan = plan
+        ctx.kept, left = [], SCORE_BYTES if any(ctx.needs_input_grad) else 0
         out, room = _Padded(plan, v), _Room(plan, q)
         for block in plan.blocks:
             (bq, bk, bv), total = _padded(block, q, k, v), out.part(block)
             for tile in block.tiles:
-                scores = room.scores(tile, bq, bk, _bias(block, tile, plan.shape), table)
-                total[:, tile.rows] += torch.bmm(F.silu(scores, inplace=True), bv[:, tile.columns])
+                scores = room.scores(tile, bq, bk, _bias(block, tile, plan.shape), table, keep=left > 0)
+                weights = torch.ops.aten.silu.out(scores, out=room.like(scores))
+                total[:, tile.rows] += torch.bmm(weights, bv[:, tile.columns])
+                if left > 0:
+                    ctx.kept.append(scores)
+                    left -= scores.nbytes
         return out.jagged()
 
     @staticmethod
@@ -175,12 +180,15 @@ class _Attend(torch.autograd.Function):
         plan: Plan = ctx.plan
         dq, dk, dv, room = _Padded(plan, q), _Padded(plan, k), _Padded(plan, v), _Room(plan, q)
         dtable = torch.zeros(len(table), dtype=torch.float64) if ctx.needs_input_grad[3] else None
+        kept = iter(ctx.kept)
         for block in plan.blocks:
             bq, bk, bv, bg = _padded(block, q, k, v, gradients[0])
             tq, tk, tv = dq.part(block), dk.part(block), dv.part(block)
             for tile in block.tiles:
                 r, c, bias = tile.rows, tile.columns, _bias(block, tile, plan.shape)
-                scores = room.scores(tile, bq, bk, bias, table)
+                scores = next(kept, None)
+                if scores is None:
+                    scores = room.scores(tile, bq, bk, bias, table, keep=False)
                 weights = torch.ops.aten.silu.out(scores, out=room.like(scores))
                 tv[:, c] += torch.bmm(weights.transpose(1, 2), bg[:, r])
                 ds = torch.bmm(bg[:, r], bv[:, c].transpose(1, 2), out=weights)
@@ -232,11 +240,12 @@ class _Room:
         self._scores, self._other = q.new_empty(pairs * q.shape[1]), q.new_empty(pairs * q.shape[1])
         self._pairs = q.new_empty(pairs)
 
-    def scores(self, tile: Tile, q: Tensor, k: Tensor, bias: Tensor, table: Tensor) -> Tensor:
+    def scores(self, tile: Tile, q: Tensor, k: Tensor, bias: Tensor, table: Tensor, *, keep: bool) -> Tensor:
         """f32[b * H, rows, columns]: what SiLU takes."""
         q, k = q[:, tile.rows], k[:, tile.columns]
         shape = (len(q), q.shape[1], k.shape[1])
-        scores = torch.bmm(q, k.transpose(1, 2), out=self._scores[: prod(shape)].view(shape))
+        room = q.new_empty(shape) if keep else self._scores[: prod(shape)].view(shape)
+        scores = torch.bmm(q, k.transpose(1, 2), out=room)
         added = torch.index_select(table, 0, bias, out=self._pairs[: len(bias)]).view(-1, 1, *shape[1:])
         scores.view(len(added), -1, *shape[1:]).add_(added)
         return scores
