@@ -87,15 +87,23 @@ def test_the_services_are_there_and_only_the_feed_is_left_to_a_profile(services:
     assert {name: s["profiles"] for name, s in services.items() if "profiles" in s} == {"feed": ["demo"]}
 
 
-def test_every_image_is_pinned_or_built_here(services: dict[str, Json], folder: Path) -> None:
+def test_every_image_is_pinned_or_built_here_once(services: dict[str, Json], folder: Path) -> None:
     stages = re.findall(r"^FROM \S+ AS (\S+)", (folder / "Dockerfile").read_text(), re.MULTILINE)
+    built = {s["image"]: s["build"]["target"] for s in services.values() if "build" in s}
+    assert built == {f"streamgr:{target}": target for target in ("stream", "monitor", "cpu")}
+    assert set(built.values()) <= set(stages)
+    assert sum("build" in s for s in services.values()) == len(built)
     for name, service in services.items():
         if name in OURS:
-            assert service["build"]["target"] in stages
-            assert service["image"] == f"streamgr:{service['build']['target']}"
+            assert service["image"] in built
         else:
             assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+", service["image"]), f"{name}: {service['image']}"
-            assert "build" not in service
+
+
+def test_torch_of_the_images_is_that_of_the_constraints(folder: Path, repository: Path) -> None:
+    pinned = re.findall(r"^ARG TORCH=(\S+)$", (folder / "Dockerfile").read_text(), re.MULTILINE)
+    [wanted] = re.findall(r"^torch==(\S+)$", (repository / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned == [wanted, wanted]
 
 
 def test_nothing_has_more_rights_than_it_needs(services: dict[str, Json]) -> None:
@@ -215,7 +223,7 @@ def test_the_dockerfile_is_for_any_builder_and_its_images_do_not_run_as_root(fol
     for stage in ("stream", "monitor", "cpu", "gpu"):
         body = re.split(r"^FROM ", code.split(f"FROM runtime AS {stage}\n")[1], flags=re.MULTILINE)[0]
         assert (re.findall(r"^USER (\S+)", body, re.MULTILINE) or ["10001:10001"])[-1] == "10001:10001"
-    assert "torch" not in re.split(r"^FROM build AS build-cpu", code, flags=re.MULTILINE)[0]
+    assert "torch" not in re.split(r"^FROM venv AS torch-cpu", code, flags=re.MULTILINE)[0]
 
 
 def test_the_context_of_the_build_holds_what_is_copied_and_no_secret(folder: Path, repository: Path) -> None:
@@ -260,7 +268,9 @@ def test_an_external_kafka_reaches_every_role_with_its_secrets(folder: Path, tmp
 
 def test_the_gpu_is_the_trainers_and_its_compiled_kernels_outlive_it(folder: Path) -> None:
     base, services = read(folder / "compose.yaml")["services"], read(folder / "gpu.yaml")["services"]
-    assert set(services) == {"trainer"}
+    assert set(services) == {"trainer", "scorer"}
+    assert services["trainer"]["build"]["target"] == "gpu"
+    assert services["scorer"]["build"]["target"] == "cpu", "the trainer no longer builds it"
     environ = variables(base["trainer"]) | variables(services["trainer"])
     assert load([], environ)[0].trainer.device == "cuda"
     kept = base["trainer"]["volumes"][0].split(":")[1]
