@@ -70,7 +70,7 @@ def _biased(scores, seen, p, t, position, time, BIASED: tl.constexpr):
 @triton.jit
 def _slope(scores):
     """The derivative of SiLU."""
-    sigmoid = tl.sigmoid(scores)
+    sigmoid = 1.0 / (1.0 + tl.exp(-scores))
     return sigmoid * (1.0 + scores * (1.0 - sigmoid))
 
 
@@ -115,13 +115,13 @@ def forward(
         t = _time_bucket(row_asked[:, None], column_stamped, times)
         scores = tl.dot(q_rows, tl.trans(k_tile), input_precision=PRECISION)
         scores = _biased(scores, seen, p, t, position, time, BIASED)
-        weights = tl.where(seen, scores * tl.sigmoid(scores), 0.0)
+        weights = tl.where(seen, scores / (1.0 + tl.exp(-scores)), 0.0)
         total = tl.dot(weights.to(v_tile.dtype), v_tile, total, input_precision=PRECISION)
     k_own = _load(k, token, inside, head, HEADS, DIM, WIDTH).to(tl.float32)
     v_own = _load(v, token, inside, head, HEADS, DIM, WIDTH).to(tl.float32)
     row_stamped = tl.load(stamped + token, mask=inside, other=0)
     own = _own(q_rows.to(tl.float32), k_own, row_asked, row_stamped, inside, position, time, times, BIASED)
-    total += (own * tl.sigmoid(own))[:, None] * v_own
+    total += (own / (1.0 + tl.exp(-own)))[:, None] * v_own
     _store(out, total, token, inside, head, HEADS, DIM, WIDTH)
 
 
@@ -195,7 +195,7 @@ def keys(
         t = _time_bucket(row_asked, key_stamped[:, None], times)
         scores = tl.dot(k_rows, tl.trans(q_tile), input_precision=PRECISION)
         scores = _biased(scores, seen, p, t, position, time, BIASED)
-        weights = tl.where(seen, scores * tl.sigmoid(scores), 0.0)
+        weights = tl.where(seen, scores / (1.0 + tl.exp(-scores)), 0.0)
         dv_total = tl.dot(weights.to(g_tile.dtype), g_tile, dv_total, input_precision=PRECISION)
         ds = tl.dot(v_rows, tl.trans(g_tile), input_precision=PRECISION) * _slope(scores)
         ds = tl.where(seen, ds, 0.0)
@@ -206,7 +206,7 @@ def keys(
     own = _own(q_own, k_rows.to(tl.float32), key_asked, key_stamped, inside, position, time, times, BIASED)
     ds_own = tl.sum(g_own * v_rows.to(tl.float32), 1) * _slope(own)
     _store(dk, dk_total + ds_own[:, None] * q_own, token, inside, head, HEADS, DIM, WIDTH)
-    _store(dv, dv_total + (own * tl.sigmoid(own))[:, None] * g_own, token, inside, head, HEADS, DIM, WIDTH)
+    _store(dv, dv_total + (own / (1.0 + tl.exp(-own)))[:, None] * g_own, token, inside, head, HEADS, DIM, WIDTH)
 
 
 @triton.jit

@@ -27,14 +27,22 @@ from streamgr.model import attention_kernels
 from streamgr.model.attention import Shape
 from streamgr.model.tokens import Tokens
 
-TILE = 64  # rows and keys of a tile
+TILES = {torch.float32: 32, torch.bfloat16: 64}  # rows and keys of a tile that suit a dtype
 STRIDE = 1024  # programs of `biases`, at most
 LEAST_WIDTH = 16  # a tensor core's inner dimension
-MOST_WIDTH = 256
+MOST_WIDTH = 128
 MOST_POSITIONS = 8192  # a program of `biases` keeps as many sums in registers
 ANYWHERE = (1 << 31) - 1  # as a window
 
-# Warps and stages of a launch, by bytes of an element and padded head dim.
+# Warps and stages by bytes of an element, for head dims up to 64 and above. Chosen for few spilled registers, and for
+# shared memory below 99 KB, which every GPU since Ampere has: so there is no table an architecture, and nothing to try
+# out at run time.
+LAUNCHES: Mapping[str, Mapping[int, tuple[tuple[int, int], tuple[int, int]]]] = {
+    "forward": {2: ((4, 2), (8, 2)), 4: ((4, 2), (8, 1))},
+    "rows": {2: ((4, 2), (8, 2)), 4: ((4, 2), (8, 1))},
+    "keys": {2: ((4, 2), (8, 1)), 4: ((8, 2), (8, 1))},
+    "biases": {2: ((8, 2), (8, 2)), 4: ((4, 1), (8, 1))},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +63,9 @@ class Plan:
     keys: Tensor
 
 
-def plan(tokens: Tokens, shape: Shape, device: torch.device | str = "cuda", tile: int = TILE) -> Plan:
+def plan(
+    tokens: Tokens, shape: Shape, device: torch.device | str = "cuda", tile: int = TILES[torch.float32]
+) -> Plan:
     """Lay out a batch. `ConfigError` for more position buckets than the kernels can hold."""
     if shape.positions > MOST_POSITIONS:
         raise ConfigError(
@@ -111,7 +121,7 @@ def work(tokens: Tokens, shape: Shape, tile: int) -> tuple[NDArray[np.int64], ND
 def attend(  # noqa: PLR0917 (as `Attend`)
     q: Tensor, k: Tensor, v: Tensor, position: Tensor | None, time: Tensor | None, plan: Plan
 ) -> Tensor:
-    """See `attention.Attend`; float32 or bfloat16, one dtype for q, k and v, and head dims up to 256."""
+    """See `attention.Attend`; float32 or bfloat16, one dtype for q, k and v, and head dims up to 128."""
     if q.shape[-1] > MOST_WIDTH:
         raise ConfigError(
             f"heads of {q.shape[-1]} channels are too wide for a GPU",
@@ -165,7 +175,7 @@ def _launch(  # noqa: PLR0917
         return
     shape, biased = plan.shape, position is not None and time is not None
     sizes = kernel_sizes(name, q.shape[1], q.shape[2], shape, biased, plan.tile)
-    warps, stages = config(name, q.element_size(), sizes["WIDTH"])
+    warps, stages = LAUNCHES[name][q.element_size()][sizes["WIDTH"] > 64]
     counts = [len(plan.rows)] if name == "biases" else []
     window = shape.local_window or ANYWHERE
     numbers = [*counts, shape.positions, shape.times, window, shape.global_prefix]
@@ -184,8 +194,3 @@ def kernel_sizes(name: str, heads: int, dim: int, shape: Shape, biased: bool, ti
         return sizes | {"BIASED": biased}
     buckets = {"POSITIONS": triton.next_power_of_2(shape.positions), "TIMES": triton.next_power_of_2(shape.times)}
     return sizes | buckets | {"STRIDE": STRIDE}
-
-
-def config(name: str, element_size: int, width: int) -> tuple[int, int]:
-    """Warps and stages of a launch."""
-    return 4, 2
