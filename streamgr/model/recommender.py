@@ -32,6 +32,8 @@ class Recommender(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.settings, self.actions = settings, tuple(actions)
+        if settings.tokens == "summed" and window_ms < 1:
+            raise ValueError("summed tokens depend on the attribution window: give `window_ms`")
         self.layout = Layout(len(actions), window_ms if settings.tokens == "summed" else 0, settings.user_token)
         self.marks = normal((self.layout.marks, settings.dim), generator, MARK_STD)
         self.stack = Stack(settings, generator, attention_blocks.attend)

@@ -25,16 +25,14 @@ trainer sees through the last visible action is what the scorer saw with `at = r
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streamgr.events import FIRST_ACTION, IMPRESSION, PROFILE, History
+from streamgr.model.rows import Ints, Rows, column
 from streamgr.model.table import FEATURE, ITEM, USER
-
-Number = TypeVar("Number", np.uint8, np.int64, np.uint64)
-Ints = NDArray[np.int64]
 
 CONTEXT_TIME = 0  # older than everything: its time bias is one constant
 
@@ -109,108 +107,139 @@ def tokenize(
     at (ms, one a history): the time asked at each end (`queries` are then the ends', one a history); None: the training
     rule.
     """
-    rows = _Rows.of(histories)
+    rows = Rows.of(histories)
+    asked = None if at is None else np.asarray(at, np.int64)
+    tokens = (_summed if layout.window_ms else _interleaved)(rows, layout, _flat(targets, rows.offsets[:-1]), asked)
+    return _with_users(tokens, users, layout) if layout.user_token else tokens
+
+
+def _interleaved(rows: Rows, layout: Layout, targets: Ints, at: Ints | None) -> Tokens:
+    """Each row is a token. targets: rows."""
     query_times = np.append(rows.times[1:], 0)
-    last = rows.offsets[1:][np.diff(rows.offsets) > 0] - 1
-    query_times[last] = rows.times[last] if at is None else np.asarray(at, np.int64)[np.diff(rows.offsets) > 0]
-
-    chosen = _flat(targets, rows.offsets[:-1])
-    end = rows.earlier[chosen] if at is None else rows.offsets[1:]  # of what is seen when it is asked for
-    begin = rows.offsets[rows.sequence[chosen]] if at is None else rows.offsets[:-1]
-    acted = np.maximum.accumulate(np.where(rows.kinds >= FIRST_ACTION, np.arange(len(rows)), -1))
-    query = np.append(acted, -1)[end - 1]
-    query = np.where((end > begin) & (query >= begin), query, -1)
-
-    shift = np.arange(1, len(histories) + 1) if layout.user_token else np.zeros(len(histories), np.int64)
-    of_row = np.append(shift[rows.sequence], 0)
-    tokens = Tokens(
+    filled = np.diff(rows.offsets) > 0
+    last = rows.offsets[1:][filled] - 1
+    query_times[last] = rows.times[last] if at is None else at[filled]
+    begin, end = (
+        (rows.offsets[rows.sequence[targets]], rows.earlier[targets])
+        if at is None
+        else (rows.offsets[:-1], rows.offsets[1:])
+    )
+    return Tokens(
         rows.offsets,
         np.int64(1) << rows.kinds.astype(np.int64),
         rows.items,
-        np.where(rows.kinds == PROFILE, FEATURE, ITEM).astype(np.uint8),
+        _fields(rows.kinds),
         rows.times,
         np.where(rows.is_item, rows.times[rows.anchor], query_times),
         rows.first_unseen - rows.offsets[rows.sequence],
         ~rows.is_item,
-        chosen + of_row[chosen],
-        np.where(query < 0, -1, query + of_row[query]),
+        targets,
+        _last_acted(rows.kinds >= FIRST_ACTION, begin, end),
     )
-    return _with_users(tokens, users, layout) if layout.user_token else tokens
+
+
+def _summed(rows: Rows, layout: Layout, targets: Ints, at: Ints | None) -> Tokens:
+    """An impression and its first action are one token, at the time when its outcome is known; targets come last.
+
+    Known means: by then nobody can have seen otherwise. With an action it is known at the action's time; without one
+    when the window has passed. What is not known yet is no token, so the sequence at any time is the beginning of the
+    sequence at any later time, and what is trained equals what is served. Later actions are tokens of their own.
+    Query times are the tokens' own: "what comes next" comes at a moment that the sequence does not hold.
+    """
+    joined = rows.joined(layout.window_ms)
+    acts = np.flatnonzero(joined >= 0)
+    first = np.full(len(rows), -1)  # of an impression: its first action
+    first[joined[acts][::-1]] = acts[::-1]
+    lead = np.arange(len(rows))  # the row whose token a row goes into
+    together = acts[rows.times[acts] == rows.times[first[joined[acts]]]]
+    lead[together] = first[joined[together]]
+    marks = np.int64(1) << rows.kinds.astype(np.int64)
+    np.bitwise_or.at(marks, lead[together], marks[together] | 1 << IMPRESSION)
+
+    passed = np.flatnonzero(rows.is_item & (first < 0))
+    kept = np.concatenate([np.flatnonzero(~rows.is_item & (lead == np.arange(len(rows)))), passed])
+    known = np.concatenate([rows.times[kept[: len(kept) - len(passed)]], rows.times[passed] + layout.window_ms - 1])
+    marks[passed] |= 1 << layout.passed
+    end = rows.times[np.maximum(rows.offsets[1:], 1) - 1] + 1 if at is None and len(rows) else at
+    if len(kept):
+        assert end is not None
+        told = known < end[rows.sequence[kept]]
+        kept, known, late = kept[told], known[told], (np.arange(len(kept)) >= len(kept) - len(passed))[told]
+        order = np.lexsort((kept, late, known, rows.sequence[kept]))
+        kept, known = kept[order], known[order]
+    count = np.bincount(rows.sequence[kept], minlength=len(rows.offsets) - 1)
+    start = np.concatenate([np.zeros(1, np.int64), np.cumsum(count)])
+
+    asked = rows.times[rows.anchor[targets]]
+    mine = rows.sequence[targets]
+    seen = _earlier_than(known, rows.sequence[kept], asked, mine) - start[mine]  # how many tokens each target sees
+    acted = (marks[kept] >> FIRST_ACTION & (1 << layout.actions) - 1) != 0
+    begin, upto = (start[mine], start[mine] + seen) if at is None else (start[:-1], start[1:])
+    query = _last_acted(acted, begin, upto)
+    own = mine if at is None else np.arange(len(query))
+
+    place = start[mine + 1] + np.arange(len(targets))  # targets are ascending: each after its sequence's own tokens
+    held = np.setdiff1d(np.arange(len(kept) + len(targets)), place, assume_unique=True)
+
+    def merge(history: NDArray[Any], asked_for: NDArray[Any]) -> NDArray[Any]:
+        out = np.empty(len(kept) + len(targets), history.dtype)
+        out[held], out[place] = history, asked_for
+        return out
+
+    before = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.bincount(mine, minlength=len(count)))])
+    return Tokens(
+        start + before,
+        merge(marks[kept], np.full(len(targets), 1 << IMPRESSION)),
+        merge(rows.items[kept], rows.items[targets]),
+        merge(_fields(rows.kinds[kept]), np.full(len(targets), ITEM)),
+        merge(known, asked),
+        merge(known, asked),
+        merge(np.arange(len(kept)) - start[rows.sequence[kept]], seen),
+        np.zeros(len(kept) + len(targets), bool),
+        place,
+        np.where(query < 0, -1, query + before[own]),
+    )
+
+
+def _earlier_than(times: Ints, sequence: Ints, asked: Ints, of: Ints) -> Ints:
+    """For each question (a time, a sequence) where in the columns, sorted by sequence and time, earlier ones end."""
+    order = np.lexsort(
+        (np.r_[np.ones(len(times), int), np.zeros(len(asked), int)], np.r_[times, asked], np.r_[sequence, of])
+    )
+    rank = np.cumsum(order < len(times))
+    found = np.empty(len(order), np.int64)
+    found[order] = rank
+    return found[len(times) :]
+
+
+def _last_acted(acted: NDArray[np.bool_], begin: Ints, end: Ints) -> Ints:
+    """The last of the tokens begin to end that is of an action, -1 without one."""
+    last = np.append(np.maximum.accumulate(np.where(acted, np.arange(len(acted)), -1)), -1)[end - 1]
+    return np.where((end > begin) & (last >= begin), last, -1)
+
+
+def _fields(kinds: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.where(kinds == PROFILE, FEATURE, ITEM).astype(np.uint8)
 
 
 def request_times(history: History) -> Ints:
     """i64[n], ms: the request time of each impression, the own time of every other row."""
-    rows = _Rows.of([history])
+    rows = Rows.of([history])
     return rows.times[rows.anchor]
 
 
 def visible(history: History) -> Ints:
     """i64[n]: how many leading rows each row sees besides itself."""
-    return _Rows.of([history]).first_unseen
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """Histories end to end: their columns, the sequence of each row, for each row the first of its request (`anchor`),
-    where the rows that are earlier than that one's time end, and where the rows end that it sees."""
-
-    offsets: Ints
-    sequence: Ints
-    kinds: NDArray[np.uint8]
-    items: NDArray[np.uint64]
-    times: Ints
-    is_item: NDArray[np.bool_]
-    anchor: Ints
-    earlier: Ints
-    first_unseen: Ints
-
-    def __len__(self) -> int:
-        return len(self.kinds)
-
-    @classmethod
-    def of(cls, histories: Sequence[History]) -> "_Rows":
-        lengths = np.array([len(h) for h in histories], np.int64)
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-        kinds = _column([h.kinds for h in histories], np.uint8)
-        times = _column([h.times for h in histories], np.int64)
-        sequence = np.repeat(np.arange(len(lengths)), lengths)
-        index = np.arange(len(kinds))
-        is_item = kinds == IMPRESSION
-        anchor = _request_start(sequence, is_item, _column([h.requests for h in histories], np.uint64))
-        begins = np.ones(len(kinds), bool)  # where a run of equal times begins
-        begins[1:] = (times[1:] != times[:-1]) | (sequence[1:] != sequence[:-1])
-        run_start = np.maximum.accumulate(np.where(begins, index, 0))
-        earlier = run_start[anchor]
-        return cls(
-            offsets,
-            sequence,
-            kinds,
-            _column([h.items for h in histories], np.uint64),
-            times,
-            is_item,
-            anchor,
-            earlier,
-            np.where(is_item, earlier, index),
-        )
-
-
-def _request_start(sequence: Ints, is_item: NDArray[np.bool_], requests: NDArray[np.uint64]) -> Ints:
-    """Index of the first impression of each impression's request; every other row's own index."""
-    anchor = np.arange(len(requests))
-    shown = np.flatnonzero(is_item & (requests != 0))
-    if len(shown):
-        order = shown[np.lexsort((requests[shown], sequence[shown]))]  # stable: the earliest of a request leads it
-        leads = np.ones(len(order), bool)
-        leads[1:] = (requests[order][1:] != requests[order][:-1]) | (sequence[order][1:] != sequence[order][:-1])
-        anchor[order] = order[np.maximum.accumulate(np.where(leads, np.arange(len(order)), 0))]
-    return anchor
+    return Rows.of([history]).first_unseen
 
 
 def _with_users(tokens: Tokens, users: Sequence[int] | None, layout: Layout) -> Tokens:
-    """The same with the user's own token before each sequence. Token indices count it already."""
+    """The same with the user's own token before each sequence."""
     if users is None or len(users) != len(tokens.offsets) - 1:
         raise ValueError("a model with `user_token` wants the user of every history")
     at = tokens.offsets[:-1]
+    shift = np.repeat(np.arange(1, len(tokens.offsets)), np.diff(tokens.offsets))  # of each token
+    shift = np.append(shift, 0)
     return Tokens(
         tokens.offsets + np.arange(len(tokens.offsets)),
         np.insert(tokens.marks, at, 1 << layout.user),
@@ -220,8 +249,8 @@ def _with_users(tokens: Tokens, users: Sequence[int] | None, layout: Layout) -> 
         np.insert(tokens.query_times, at, CONTEXT_TIME),
         np.insert(tokens.visible + 1, at, 0),
         np.insert(tokens.provisional, at, False),
-        tokens.targets,
-        tokens.queries,
+        tokens.targets + shift[tokens.targets],
+        np.where(tokens.queries < 0, -1, tokens.queries + shift[tokens.queries]),
     )
 
 
@@ -229,8 +258,4 @@ def _flat(parts: Sequence[Ints] | None, starts: Ints) -> Ints:
     """Indices that count within each history, counted over all of them."""
     if parts is None:
         return np.zeros(0, np.int64)
-    return _column(parts, np.int64) + np.repeat(starts, [len(part) for part in parts])
-
-
-def _column(parts: Sequence[NDArray[Any]], dtype: type[Number]) -> NDArray[Number]:
-    return np.concatenate([np.zeros(0, dtype), *(part.astype(dtype, copy=False) for part in parts)])
+    return column(parts, np.int64) + np.repeat(starts, [len(part) for part in parts])

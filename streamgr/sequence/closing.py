@@ -1,17 +1,21 @@
 """What one step of the watermark closes: the users who have something due, by key; their targets, cut into examples.
 
-An example's history is the sequence as it stood after the record that moved the watermark, cut to `history_length`.
+An example's history is the sequence as it stood after the record that moved the watermark, cut to `history_length`
+events, with the auxiliary rows of that window (`auxiliary`).
 What is older than is kept does not belong to it: judged by the watermark before the step, for so far back can every
 process look that may have to say the same again.
 """
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from streamgr.sequence import examples as wire
 from streamgr.sequence import join
+from streamgr.sequence.auxiliary import window
 from streamgr.sequence.items import Items
 from streamgr.sequence.tail import EVER, Tail
 from streamgr.sequence.timers import Timers
@@ -55,12 +59,14 @@ class Closer:
         window_ms: int,
         keep_ms: int,
         history_length: int,
+        auxiliary_length: int,
         fingerprint: str,
         last: wire.Position,
     ) -> None:
-        """keep_ms: 0 for ever. history_length: 0 for the targets alone."""
+        """keep_ms: 0 for ever. history_length: 0 for the targets alone, then without auxiliary rows."""
         self._users, self._items, self._timers = users, items, timers
         self._window, self._keep, self._history = window_ms, keep_ms, history_length
+        self._auxiliary = auxiliary_length if history_length else 0
         self._fingerprint, self.last = fingerprint, last
 
     def close(self, step: Step, emit: Emit, touched: set[bytes]) -> Closed:
@@ -77,7 +83,7 @@ class Closer:
             found = join.targets(tail, step.before, step.upto, window, behind=behind, oldest=oldest)
             for chunk in join.chunks(found.rows, self._history):
                 position = (step.offset, closed.examples)
-                example = self._example(tail, found.rows[chunk], found.labels[chunk], position, step)
+                example = self._example(uid, tail, found.rows[chunk], found.labels[chunk], position, step)
                 emit(tail.user.encode(), wire.encode(example))
                 closed.examples += 1
             closed.targets += len(found.rows)
@@ -85,14 +91,24 @@ class Closer:
         self._users.closed = step.upto
         return closed
 
-    def _example(
-        self, tail: Tail, rows: list[int], labels: list[int], position: wire.Position, step: Step
+    def _example(  # noqa: PLR0917
+        self, uid: bytes, tail: Tail, rows: list[int], labels: list[int], position: wire.Position, step: Step
     ) -> wire.WireExample:
         """What the closing of these rows teaches, with the window that ends with them."""
         end = rows[-1] + 1
         start = max(0, end - self._history) if self._history else rows[0]
+        cut = step.before - self._keep if self._keep else EVER
         if self._keep:
-            start = max(start, bisect_left(tail.times, step.before - self._keep))
+            start = max(start, bisect_left(tail.times, cut))
+        columns = tail.kinds[start:end], tail.items[start:end], tail.times[start:end], tail.requests[start:end]
+        index: Sequence[int] = [row - start for row in rows]
+        if self._auxiliary:
+            profiles, upto = self._users.profiles(uid), tail.times[end - 1] + 1
+            if len(profiles) or tail.features is not None:
+                history, moved = window(tail, profiles, start, end, upto, cut, self._auxiliary)
+                columns = history.kinds, history.items, history.times, history.requests  # type: ignore[assignment]
+                index = index if moved is None else (np.array(index) + moved[index]).tolist()
+        kinds, items, times, requests = (column.tobytes() for column in columns)
         prev, self.last = self.last, position
         return wire.WireExample(
             wire.FORMAT,
@@ -102,11 +118,11 @@ class Closer:
             tail.user,
             step.upto,
             step.append_ms,
-            tail.kinds[start:end].tobytes(),
-            tail.items[start:end].tobytes(),
-            tail.times[start:end].tobytes(),
-            tail.requests[start:end].tobytes(),
-            array("I", [row - start for row in rows]).tobytes(),
+            kinds,
+            items,
+            times,
+            requests,
+            array("I", index).tobytes(),
             array("I", labels).tobytes(),
             array("q", [tail.appends[row] for row in rows]).tobytes(),
             [self._items.text(tail.items[row]) for row in rows],

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from streamgr.errors import DataError
 from streamgr.events import History
 
-FORMAT = 1
+FORMAT = 2  # 1 had no auxiliary rows
+READABLE = (1, 2)
 Position = tuple[int, int]  # (source offset, n-th output of that record)
 BEFORE_ALL: Position = (-1, -1)
 
@@ -112,8 +113,8 @@ def decode(value: bytes) -> Example | Progress:
     """Read one record; raises `DataError` on anything this version cannot read."""
     try:
         wire = _decoder.decode(value)
-        if wire.format != FORMAT:
-            raise DataError(f"format {wire.format}, this version reads {FORMAT}", remedy="upgrade the readers first")
+        if wire.format not in READABLE:
+            raise DataError(f"format {wire.format}, this version reads {READABLE}", remedy="upgrade the readers first")
         if isinstance(wire, Progress):
             return wire
         history = History(

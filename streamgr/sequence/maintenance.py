@@ -165,10 +165,15 @@ def _problems(store: Store, counts: dict[str, int]) -> Iterator[str]:
             yield f"{where} lies under another event's key"
         if key[: codec.UID_BYTES] not in users:
             yield f"{where}: the user has no name"
+        if kind == PROFILE and database.get("profiles", key) is None:
+            yield f"{where} is missing among the profiles"
         if kind != PROFILE and codec.item_bytes(event.item) not in items:
             yield f"{where}: its item {event.item:016x} has no text"
         if event.offset >= progress.next_offset:
             yield f"{where} comes from offset {event.offset}, and the store says that {progress.next_offset} is next"
+    for key, _ in database.scan("profiles"):
+        if database.get("events", key) is None:
+            yield f"a profile of user key {key[: codec.UID_BYTES].hex()} that is no event"
     for key, _ in database.scan("due"):
         counts["timers"] += 1
         step, _, _ = codec.split_due_key(key)

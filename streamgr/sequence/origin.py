@@ -14,7 +14,7 @@ from streamgr.clock import milliseconds
 from streamgr.kafka.topics import Identity
 from streamgr.state.store import Meta
 
-EMISSION = 2  # what is emitted for the same records; a change of it changes the fingerprint
+EMISSION = 3  # what is emitted for the same records; a change of it changes the fingerprint
 LABELS = "kinds joined within the window, at its close"
 
 
@@ -30,6 +30,7 @@ def fingerprint(cluster_id: str, topic_id: str, settings: config.Sequence, since
         milliseconds(settings.max_future_seconds),
         milliseconds(settings.keep_seconds),
         settings.history_length,
+        settings.auxiliary_length,
         LABELS,
         settings.actions,
         EMISSION,

@@ -34,6 +34,7 @@ from streamgr.events import (
 )
 from streamgr.sequence import examples as wire
 from streamgr.sequence import join
+from streamgr.sequence.auxiliary import pairs, window
 from streamgr.sequence.closing import Closer, Emit, Step, nobody
 from streamgr.sequence.items import Items
 from streamgr.sequence.sweeper import Sweeper
@@ -71,7 +72,7 @@ class Partition:
         self._window = milliseconds(settings.attribution_window_seconds)
         self._keep = milliseconds(settings.keep_seconds)
         lateness, step = milliseconds(settings.lateness_seconds), max(1, milliseconds(settings.close_step_seconds))
-        self._history = settings.history_length
+        self._history, self._auxiliary = settings.history_length, settings.auxiliary_length
         self._names = ["profile", "impression", *settings.actions]
         self._rank = ranks(settings.actions)
         self._decoder = Decoder(
@@ -80,7 +81,7 @@ class Partition:
         p = store.progress
         self.next_offset, self.append_ms, self.open_impressions = p.next_offset, p.append_ms, p.open_impressions
         self._watermark = Watermark(lateness, step, milliseconds(settings.max_step_seconds), p.seen, p.watermark)
-        self._users = Users(store, self._rank, settings.cached_events)
+        self._users = Users(store, self._rank, settings.cached_events, auxiliary=self._auxiliary > 0)
         self._items, self._timers, self._sweeper = Items(store), Timers(store), Sweeper(store)
         self._closer = Closer(
             self._users,
@@ -89,6 +90,7 @@ class Partition:
             window_ms=self._window,
             keep_ms=self._keep,
             history_length=self._history,
+            auxiliary_length=self._auxiliary,
             fingerprint=fingerprint,
             last=p.last,
         )
@@ -180,6 +182,7 @@ class Partition:
         """Write everything applied so far, with the next offset, in one batch. Raises as `Database.write` does."""
         mark, batch = self._watermark, self._batch
         batch.put_all("events", self._events)
+        batch.put_all("profiles", ((key, b"") for key in self._profiles))
         self._users.write(batch)
         self._timers.write(batch)
         if self._keep and mark.value is not None:
@@ -195,14 +198,17 @@ class Partition:
         self._begin()
 
     def history(self, user: str, before: int, limit: int) -> History | None:
-        """The user's newest `limit` impressions and actions with time < `before`, oldest first; None if unknown."""
+        """The user's newest `limit` impressions and actions with time < `before`, oldest first, with the auxiliary rows
+        of that window; None if unknown."""
         if not self._users.knows(user):
             return None
         uid = codec.uid(user)
         tail = self._users.open(uid, user)
         self._users.cover(uid, tail, before, limit)
         end = bisect_left(tail.times, before)
-        found = tail.window(max(0, end - limit, bisect_left(tail.times, self._cut())), end)
+        start = max(0, end - limit, bisect_left(tail.times, self._cut()))
+        profiles = self._users.profiles(uid)
+        found, _ = window(tail, profiles, min(start, end), end, before, self._cut(), self._auxiliary if limit else 0)
         self._touched.add(uid)
         if not self.pending:  # nobody else will let go of what reading has brought
             self._users.written(self._touched)
@@ -255,6 +261,9 @@ class Partition:
         tail.items.extend([items[i] for i in order])
         tail.requests.extend([requests[i] for i in order])
         tail.appends.extend([appends[i] for i in order])
+        if self._auxiliary and (tail.features is not None or any(e.features for e in events)):
+            said = [pairs(events[i].features) for i in order]
+            tail.features = [*(tail.features or [()] * (len(times) - m)), *said]
         self._schedule(uid, tail, due, None)
         self.open_impressions += m * self._emits
         offsets = records.offsets[first : first + m]
@@ -309,6 +318,7 @@ class Partition:
                 out.duplicates += 1
                 return False
             self._profiles.add(key)
+            self._users.profile(uid, time, e.event_id, e.features)
         else:
             times = tail.times
             from_time = time if kind == IMPRESSION else time - self._window + 1
@@ -342,6 +352,8 @@ class Partition:
                 tail.append(time, kind, e.event_id, item, request, append_ms, state)
             else:
                 tail.insert(i, Token(time, kind, e.event_id, item, request, append_ms, state))
+            if e.features and self._auxiliary:
+                tail.say(i, pairs(e.features))
             if due != codec.NEVER:
                 self._schedule(uid, tail, due, behind)
                 self.open_impressions += kind == IMPRESSION and self._emits
@@ -363,6 +375,7 @@ class Partition:
         self._batch.put_all("events", self._events)
         self._events = []
         self._batch.delete_prefix("events", uid, codec.EVENT_KEY_BYTES)
+        self._batch.delete_prefix("profiles", uid, codec.EVENT_KEY_BYTES)
         self._profiles = {key for key in self._profiles if not key.startswith(uid)}
         self._users.erase(uid, self._batch)
         self._last = None

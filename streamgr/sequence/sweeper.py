@@ -8,6 +8,7 @@ whom nothing remains loses his name, too. (The texts of items stay: nobody count
 from collections.abc import Set
 
 from streamgr.events import PROFILE
+from streamgr.state import codec
 from streamgr.state.rocks import Batch
 from streamgr.state.store import Store
 
@@ -36,6 +37,8 @@ class Sweeper:
                 gone = self._expired(uid, cut)
                 for key in gone:
                     batch.delete("events", key)
+                    if codec.split_event_key(key)[1] == PROFILE:
+                        batch.delete("profiles", key)
                 deleted += len(gone)
                 if gone and self._store.count(uid, len(gone) + 1) == len(gone):
                     batch.delete("users", uid)

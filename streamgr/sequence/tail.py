@@ -46,19 +46,23 @@ class Token(NamedTuple):
     state: int
 
 
-Row = tuple[int, int, str, int, int, int, int, int]  # (time, rank, event id, kind, item, request, append_ms, state)
+Pairs = tuple[tuple[str, int], ...]  # what an event says of its user: (feature, `events.feature_key`), by name
+
+# (time, rank, event id, kind, item, request, append_ms, state, features)
+Row = tuple[int, int, str, int, int, int, int, int, Pairs]
 
 
 class Tail:
     """Columns in sequence order, oldest first; row i of each is one event. Only its partition writes it.
 
-    ids: "" for an id that is let go. scheduled: the step at which the user's labels were last asked to be closed
-    (`timers`), so as to ask once.
+    ids: "" for an id that is let go. features: of each row; None as long as no row has any. scheduled: the step at
+    which the user's labels were last asked to be closed (`timers`), so as to ask once.
     """
 
     __slots__ = (
         "_let_go",
         "appends",
+        "features",
         "ids",
         "items",
         "kinds",
@@ -75,6 +79,7 @@ class Tail:
         self.times, self.kinds, self.states = array("q"), array("B"), array("B")
         self.items, self.requests, self.appends = array("Q"), array("Q"), array("q")
         self.ids: list[str] = []
+        self.features: list[Pairs] | None = None
         self._let_go = 0  # rows before this one have no id, unless it is wanted
 
     def __len__(self) -> int:
@@ -126,6 +131,8 @@ class Tail:
         """Put a row before row i (at the end: `append`)."""
         for column, value in zip(self._columns(), token, strict=True):
             column.insert(i, value)
+        if self.features is not None:
+            self.features.insert(i, ())
 
     def append(  # noqa: PLR0917
         self, time: int, kind: int, event_id: str, item: int, request: int, append_ms: int, state: int
@@ -138,12 +145,22 @@ class Tail:
         self.requests.append(request)
         self.appends.append(append_ms)
         self.states.append(state)
+        if self.features is not None:
+            self.features.append(())
+
+    def say(self, row: int, features: Pairs) -> None:
+        """Note what a row says of its user."""
+        if self.features is None:
+            self.features = [()] * len(self)
+        self.features[row] = features
 
     def extend_back(self, older: list[Row], since: int) -> None:
         """Put events before all others, in any order; the tail is whole down to `since` from then on."""
         if older:
             older.sort()
-            times, _, ids, *others = zip(*older, strict=True)
+            times, _, ids, *others, features = zip(*older, strict=True)
+            if self.features is not None or any(features):
+                self.features = [*features, *(self.features or [()] * len(self))]
             for column, values in zip(self._columns(), (times, others[0], ids, *others[1:]), strict=True):
                 column[:0] = array(column.typecode, values) if isinstance(column, array) else values
             self._let_go = 0
@@ -156,6 +173,8 @@ class Tail:
             self._let_go = max(0, self._let_go - cut)
             for column in self._columns():
                 del column[:cut]
+            if self.features is not None:
+                del self.features[:cut]
 
     def covers(self, time: int, tokens: int = 0) -> bool:
         """Whether it holds every event from `time` on, and `tokens` more before that (or all there are)."""

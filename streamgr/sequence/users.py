@@ -6,28 +6,34 @@ write. Of a user whose tail is let go, the time of the newest event stays for a 
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from streamgr.events import IMPRESSION, PROFILE, request_key
+from streamgr.sequence.auxiliary import Profiles, pairs
 from streamgr.sequence.tail import DECIDED, EVER, LATE, NOTHING, ORGANIC, SHOWN, Row, Tail
 from streamgr.state import codec
 from streamgr.state.rocks import Batch
 from streamgr.state.store import Store
 
 GHOSTS = 1 << 17  # users of whom only the newest event's time is remembered
+NO_PROFILES = Profiles()
 
 
 class Users:
     """Tails by `codec.uid`, least recently used first."""
 
-    def __init__(self, store: Store, rank: Sequence[int], cached_events: int) -> None:
-        """rank: `tail.ranks`. cached_events: rows that all tails together may hold beyond what is open."""
+    def __init__(self, store: Store, rank: Sequence[int], cached_events: int, *, auxiliary: bool = False) -> None:
+        """rank: `tail.ranks`. cached_events: rows that all tails together may hold beyond what is open. auxiliary:
+        whether anybody asks for what the events say of their users."""
         self._store, self._rank, self.cached_events = store, rank, cached_events
         self._tails: dict[bytes, Tail] = {}
         self._rows: dict[bytes, int] = {}  # how many of each tail are counted
         self._counted = 0
         self._ghosts: dict[bytes, int] = {}
         self._new: dict[bytes, str] = {}  # names to be written
+        self._auxiliary = auxiliary
+        self._profiles: dict[bytes, Profiles] = {}  # of those at hand who were asked for theirs
+        self._profiled = auxiliary and store.has_profiles()  # whether anybody has one
         self._erased: set[bytes] = set()  # their events lie in the store until the next write
         self.closed = NOTHING  # labels due up to this watermark have been closed
 
@@ -84,7 +90,8 @@ class Users:
                 state = LATE if s.late else DECIDED if s.due <= self.closed else waits
                 if s.request != asked:
                     asked, request = s.request, request_key(s.request)
-                older.append((t, rank[kind], s.event_id, kind, s.item, request, s.append_ms, state))
+                said = pairs(s.features) if s.features and self._auxiliary else ()
+                older.append((t, rank[kind], s.event_id, kind, s.item, request, s.append_ms, state, said))
                 count += t < time
         tail.extend_back(older, since)
 
@@ -98,6 +105,24 @@ class Users:
                 stored.append((self._rank[kind], s.event_id))
         tail.recall(time, stored, self._rank)
 
+    def profiles(self, uid: bytes) -> Profiles:
+        """The profile events of a user at hand, the uncommitted ones among them."""
+        if not self._profiled:
+            return NO_PROFILES
+        found = self._profiles.get(uid)
+        if found is None:
+            found = self._profiles[uid] = Profiles()
+            if uid not in self._new and uid not in self._erased:
+                for time, event in self._store.profiles(uid):
+                    found.insert(time, event.event_id, pairs(event.features))
+        return found
+
+    def profile(self, uid: bytes, time: int, event_id: str, features: Mapping[str, str | int] | None) -> None:
+        """Take a new profile event of a user at hand."""
+        if self._auxiliary:
+            self._profiled = True
+            self.profiles(uid).insert(time, event_id, pairs(features))
+
     def erase(self, uid: bytes, batch: Batch) -> None:
         """Forget the user: name and tail."""
         self.forget([uid])
@@ -109,6 +134,7 @@ class Users:
         """Nothing of these users is left in the store."""
         for uid in uids:
             self._tails.pop(uid, None)
+            self._profiles.pop(uid, None)
             self._ghosts.pop(uid, None)
             self._counted -= self._rows.pop(uid, 0)
 
@@ -124,11 +150,13 @@ class Users:
         self._new, self._erased = {}, set()
         for uid in touched:
             if (tail := self._tails.get(uid)) is not None:
-                self._counted += len(tail) + 1 - self._rows.get(uid, 0)
-                self._rows[uid] = len(tail) + 1
+                rows = len(tail) + 1 + len(self._profiles.get(uid, NO_PROFILES))
+                self._counted += rows - self._rows.get(uid, 0)
+                self._rows[uid] = rows
         while self._counted > self.cached_events and len(self._tails) > 1:
             uid = next(iter(self._tails))
             tail = self._tails.pop(uid)
+            self._profiles.pop(uid, None)
             self._counted -= self._rows.pop(uid, 0)
             self._ghosts[uid] = tail.times[-1] if tail.times else tail.since - 1
         while len(self._ghosts) > GHOSTS:

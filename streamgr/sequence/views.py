@@ -146,7 +146,7 @@ def _joined_kinds(
     tail = Tail()
     tail.extend_back(
         [
-            (t, rank[kind], s.event_id, kind, s.item, request_key(s.request), s.append_ms, DECIDED)
+            (t, rank[kind], s.event_id, kind, s.item, request_key(s.request), s.append_ms, DECIDED, ())
             for t, kind, s in stored
             if kind != PROFILE
         ],

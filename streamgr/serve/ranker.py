@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from streamgr.clock import Clock
 from streamgr.config import Config
 from streamgr.errors import ConfigError
-from streamgr.events import History, user_key
+from streamgr.events import PROFILE, History, user_key
 from streamgr.serve import wire
 from streamgr.serve.model import LiveWeights, Served, item_keys
 from streamgr.serve.retrieval import best_first, similarities
@@ -72,16 +72,16 @@ class Ranker:
             wire.Item(texts[i], float(scores[i]), dict(zip(tasks, probabilities[i].tolist(), strict=True)))
             for i in order
         ]
-        return self._answer(items, served, len(history))
+        return self._answer(items, served, _events(history))
 
     def retrieve(self, ask: wire.RetrieveRequest) -> wire.Answer:
         """The best of all live items. Raises `InvalidRequest` and `NoWeights`."""
         k = ask.k or 10
         exclude_seen = ask.exclude_seen is not False
         at = self._at(ask.at)
-        limit = max(self._history_length, SEEN_EVENTS) if exclude_seen else self._history_length
-        seen = self._sequences.history(str(ask.user_id), at, limit)
-        history = _latest(seen, self._history_length)
+        user = str(ask.user_id)
+        history = self._sequences.history(user, at, self._history_length)
+        seen = self._sequences.history(user, at, SEEN_EVENTS).items if exclude_seen else history.items
         with self._weights.lease() as served, torch.inference_mode():
             recommender = served.copy.recommender
             tokens = recommender.tokens(history, at, user_key(str(ask.user_id)))
@@ -90,9 +90,9 @@ class Ranker:
             scores = similarities(query, served.copy.table.weight, served.copy.inverse_norms, served.rows)
             keys = served.keys
         if exclude_seen:
-            unseen = ~np.isin(keys, seen.items)
+            unseen = ~np.isin(keys, seen)
             scores, keys = scores[unseen], keys[unseen]
-        return self._answer(self._named(scores, keys, k), served, len(history))
+        return self._answer(self._named(scores, keys, k), served, _events(history))
 
     def _named(self, scores: NDArray[np.float32], keys: NDArray[np.uint64], k: int) -> list[wire.Item]:
         """The best k whose text is known here; the others are counted."""
@@ -138,5 +138,6 @@ def _task_weights(config: Config) -> dict[str, float]:
     return {task: given.get(task, 0.0) if given else 1.0 for task in actions}
 
 
-def _latest(history: History, limit: int) -> History:
-    return history.take(slice(max(0, len(history) - limit), None))
+def _events(history: History) -> int:
+    """How many of its rows are events."""
+    return int((history.kinds != PROFILE).sum())

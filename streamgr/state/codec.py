@@ -1,6 +1,7 @@
 """Keys and values of a partition's database, byte by byte; golden bytes are held by a test.
 
     events  uid 16 | ~time 8 | kind 1 | event hash 8   -> Stored     a user's newest event first
+    profiles  the keys of the profile events among them  -> nothing
     users   uid 16                                     -> user text
     items   item key 8                                 -> item text
     due     step 8 | uid 16 [| time 8]                 -> nothing      open labels by the watermark that closes them

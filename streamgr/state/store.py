@@ -15,8 +15,8 @@ from streamgr.errors import ConfigError, Damaged, DataError
 from streamgr.state import codec
 from streamgr.state.rocks import CONDEMNED, Batch, Database, Memory
 
-SCHEMA = 2
-FAMILIES = {"events": codec.UID_BYTES, "users": 0, "items": 0, "due": 0, "state": 0}
+SCHEMA = 3  # 2 had no `profiles`
+FAMILIES = {"events": codec.UID_BYTES, "profiles": codec.UID_BYTES, "users": 0, "items": 0, "due": 0, "state": 0}
 
 
 class Meta(msgspec.Struct, frozen=True, kw_only=True):
@@ -136,6 +136,23 @@ class Store:
                 self.database.condemn()
                 raise Damaged(error.what, where=str(self.path)) from None
             yield key, *codec.split_event_key(key), event
+
+    def profiles(self, user: bytes) -> Iterator[tuple[int, codec.Stored]]:
+        """(time, event) of a user's profile events, in no useful order."""
+        keys = [key for key, _ in self.database.scan_prefix("profiles", user)]
+        for key, value in zip(keys, self.database.get_many("events", keys), strict=True):
+            try:
+                if value is None:
+                    raise Damaged(f"a profile of user key {user.hex()} is missing", where=str(self.path))
+                event = codec.decode_event(value)
+            except Damaged as error:
+                self.database.condemn()
+                raise Damaged(error.what, where=str(self.path)) from None
+            yield codec.split_event_key(key)[0], event
+
+    def has_profiles(self) -> bool:
+        """Whether anybody has one."""
+        return next(iter(self.database.scan("profiles")), None) is not None
 
     def count(self, user: bytes, limit: int) -> int:
         """How many events a user has, counted up to `limit`."""

@@ -8,8 +8,9 @@ The order within a step, and why:
 2. The batch's ids are mapped (admitted, touched, evicted). A new slot starts as its key's fallback vector, so mapping
    changes no prediction: what the scorer answers with the same weights is what is judged here (decision 1).
 3. One forward pass. Its probabilities and ranks go to the prequential figures, as they were before learning. It sees
-   the table's rows as they are served, in bfloat16; what is learned goes to their float32 (straight through).
-4. The same pass is learned: dense AdamW with clipping, a row-wise optimizer for the rows that the batch touched. A loss
+   the table's rows as they are served, in bfloat16; what is learned goes to their float32 (straight through). With
+   stochastic length what is learned is another, shorter pass (`stochastic`); judged is the whole.
+4. The pass is learned: dense AdamW with clipping, a row-wise optimizer for the rows that the batch touched. A loss
    or gradient that is not finite skips the learning of this step, is counted, and nothing is lost but the lesson.
    Between mapping and learning no row changes hands, so no gradient can reach another id's row.
 5. Now and then, a table that is three quarters full doubles, if it may.
@@ -33,8 +34,9 @@ from streamgr.model.losses import ranking_loss, sampled_softmax
 from streamgr.model.recommender import Recommender
 from streamgr.model.table import ITEM, WIRE, IdTable, Lookup, mean, served
 from streamgr.telemetry import counter
-from streamgr.train.batch import Batch
+from streamgr.train.batch import Batch, assemble
 from streamgr.train.optim import row_optimizer
+from streamgr.train.stochastic import shorten
 
 SKIPPED = counter("train_skipped", "Steps whose learning was skipped.", ("reason",))
 GROWN = counter("table_growths", "Times that the ID table has doubled.")
@@ -44,6 +46,7 @@ for _reason in ("loss", "gradient"):
 RANK_CELLS = 1 << 24  # scores of one block of the ranking against all live items
 GROW_STEPS = 64  # how often the table is asked whether it is crowded
 LOG_Q_FLOOR = -20.0
+WHOLE = 2.0  # the alpha of stochastic length that learns all of every history
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,7 @@ class Learner:
 
     def __init__(self, settings: config.Config) -> None:
         trainer, table = settings.trainer, settings.table
-        self._settings = trainer
+        self._settings, self._history_length = trainer, settings.sequence.history_length
         window_ms = milliseconds(settings.sequence.attribution_window_seconds)
         self.model = Recommender(settings.model, settings.sequence.actions, trainer.seed, window_ms)
         self.table = IdTable(table, settings.model.dim, trainer.seed)
@@ -93,26 +96,27 @@ class Learner:
         tokens = batch.tokens
         lookup = self.table.map(tokens.keys, tokens.seen_times, tokens.fields, watermark_ms=self.watermark_ms)
         self.sparse.reset(torch.from_numpy(lookup.fresh))
-        negatives = self._negatives(batch)
+        negatives, lesson = self._negatives(batch), self._lesson(batch)
+        if lesson is not batch:
+            with torch.no_grad():
+                judged = self._forward(batch, self.table.vectors(lookup))
+            lookup = self.table.lookup(lesson.tokens.keys, watermark_ms=self.watermark_ms)
         rows, leaf, vectors, negative_vectors = self._gather(lookup, negatives)
-
-        hidden = self.model.transduce(tokens, vectors)
-        logits = self._logits(batch, hidden)
-        queries = self._queries(batch, hidden)
-        predictions = self._predictions(batch, logits, queries, catalogue)
+        logits, queries = self._forward(lesson, vectors)
+        predictions = self._predictions(batch, *(judged if lesson is not batch else (logits, queries)), catalogue)
 
         loss = torch.zeros(())
         if logits is not None:
-            labels = torch.from_numpy(batch.targets.labels[batch.targets.ranked]).to(logits)
+            labels = torch.from_numpy(lesson.targets.labels[lesson.targets.ranked]).to(logits)
             loss = loss + self._model_settings.ranking_weight * ranking_loss(logits, labels)
         if queries is not None and len(negatives.keys):
-            found = batch.targets.retrieved
-            positives = embedding(torch.from_numpy(batch.targets.token[found]), vectors)
+            found = lesson.targets.retrieved
+            positives = embedding(torch.from_numpy(lesson.targets.token[found]), vectors)
             loss = loss + self._model_settings.retrieval_weight * sampled_softmax(
                 queries,
                 positives,
                 negative_vectors,
-                batch.targets.keys[found],
+                lesson.targets.keys[found],
                 negatives.keys,
                 self._model_settings.temperature,
                 negatives.log_q,
@@ -164,6 +168,22 @@ class Learner:
         before, after = self.table.grow()
         self.sparse.grow(len(self.table.weight), before, after)
         GROWN.inc()
+
+    def _lesson(self, batch: Batch) -> Batch:
+        """What of the batch is learned: all, or with stochastic length parts of its histories."""
+        alpha = self._settings.stochastic_length
+        if alpha == WHOLE:
+            return batch
+        rng = np.random.default_rng((self._settings.seed, self.step, 1))
+        shortened = [shorten(example, alpha, self._history_length, rng) for example in batch.examples]
+        if all(short is whole for short, whole in zip(shortened, batch.examples, strict=True)):
+            return batch
+        return assemble(shortened, self.model.layout)
+
+    def _forward(self, batch: Batch, vectors: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Logits f32[ranked, K] and queries f32[retrieved, D] of a batch; None where there is nothing to ask."""
+        hidden = self.model.transduce(batch.tokens, vectors)
+        return self._logits(batch, hidden), self._queries(batch, hidden)
 
     def _logits(self, batch: Batch, hidden: Tensor) -> Tensor | None:
         """f32[ranked, K]"""

@@ -159,7 +159,7 @@ class Trainer:
                 "model": config.model,
                 "table": config.table,
                 "actions": config.sequence.actions,
-                "window_ms": milliseconds(config.sequence.attribution_window_seconds),
+                "window_ms": self._learner.model.layout.window_ms,
             }
         )
         self._checkpoints = Checkpoints(self._directory / "checkpoints", self._log)

@@ -69,7 +69,7 @@ class Rival:
         a, b = self.rows(keys)
         return np.isin(keys, of_interest) & ((sharers[a] == 1) | (sharers[b] == 1))
 
-    def map(self, keys: U64, times: I64, *, watermark_ms: int) -> Lookup:
+    def map(self, keys: U64, times: I64, fields: Any = ITEM, *, watermark_ms: int) -> Lookup:
         return self.lookup(keys, watermark_ms=watermark_ms)
 
     def lookup(self, keys: U64, *, watermark_ms: int) -> Lookup:
@@ -116,7 +116,7 @@ class Static(Rival):
         self._row = np.ones(len(recent.vocabulary), np.int64)
         self._next = 2
 
-    def map(self, keys: U64, times: I64, *, watermark_ms: int) -> Lookup:
+    def map(self, keys: U64, times: I64, fields: Any = ITEM, *, watermark_ms: int) -> Lookup:
         places, first = np.unique(self.recent.places(keys), return_index=True)
         without = places[np.argsort(first)]
         without = without[self._row[without] == 1][: self.count + 1 - self._next]

@@ -11,7 +11,7 @@ from streamgr.events import IMPRESSION, History
 from streamgr.sequence.examples import BEFORE_ALL, Example, Progress, decode, encode
 
 GOLDEN = bytes.fromhex(
-    "dc0011a76578616d706c6501a466616365920700"
+    "dc0011a76578616d706c6502a466616365920700"
     "92ffffa275310563c4020102c41001000000000000000200000000000000c4100a000000000000000b00000000000000"
     "c41005000000000000000500000000000000c40400000000c40401000000c4086200000000000000"
     "91a169" + "91a165"
@@ -59,6 +59,14 @@ def test_the_golden_bytes_are_written_and_read() -> None:
     assert_same(read, some_example())
 
 
+def test_what_the_version_before_wrote_is_read() -> None:
+    before = bytearray(GOLDEN)
+    before[11] = 1
+    read = decode(bytes(before))
+    assert isinstance(read, Example)
+    assert_same(read, some_example())
+
+
 def test_progress_goes_round() -> None:
     progress = Progress(1, "face", 8, 5, 99)
     assert encode(progress) == bytes.fromhex("96a870726f677265737301a466616365080563")
@@ -93,6 +101,6 @@ def test_a_truncated_record_is_an_error(cut: int) -> None:
 
 def test_a_newer_format_is_refused_with_the_remedy() -> None:
     newer = msgspec.msgpack.decode(GOLDEN)
-    newer[1] = 2
-    with pytest.raises(DataError, match=r"format 2, this version reads 1.*upgrade"):
+    newer[1] = 3
+    with pytest.raises(DataError, match=r"format 3, this version reads .*2.*upgrade"):
         decode(msgspec.msgpack.encode(newer))

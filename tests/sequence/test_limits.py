@@ -14,7 +14,6 @@ from streamgr import config
 from streamgr.errors import DataError
 from streamgr.events import Record
 from streamgr.kafka import topics
-from streamgr.sequence import examples as wire
 from streamgr.sequence import views
 from streamgr.sequence.views import Part
 from tests.sequence.test_partition import Run, records
@@ -204,4 +203,3 @@ def test_a_full_disk_ends_the_role_by_name_and_a_restart_with_room_goes_on_exact
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
     town.role().run_until_end()
     town.assert_like_the_oracle()
-    assert wire.FORMAT == 1
