@@ -6,8 +6,8 @@
     biases     the walk of `rows` once more, all heads at each tile, for the gradients of both bias tables
 
 So each number is written by one program, which adds it up in one order: same input, same bits. What `biases` computes
-twice (two matrix products of five) is the price of that, and pays for itself elsewhere: a bias is the same for all heads,
-so the heads are summed first and the tile is spread over the buckets once, not once a head.
+once more (two matrix products) is the price of that, and buys something: a bias is the same for all heads, so the heads
+are summed first and a tile is spread over the buckets once, not once a head.
 
 That spreading uses what the buckets are. Time goes on along a sequence, and buckets are octaves: a tile far from the
 diagonal holds one or two of them, so each bucket between the tile's least and greatest is one masked sum. Positions
@@ -45,7 +45,7 @@ def _store(x, values, token, inside, head, HEADS: tl.constexpr, DIM: tl.constexp
 
 @triton.jit
 def _time_bucket(asked, stamped, times):
-    """`attention.time_bucket` of their difference. Dividing by 64 rounds nothing, so a fused add gives the same bits."""
+    """`attention.time_bucket` of their difference. Dividing by 64 rounds nothing: a fused add gives the same bits."""
     elapsed = tl.maximum(asked - stamped, 0).to(tl.float32)
     bits = (elapsed * MILLISECONDS + 1.0).to(tl.int32, bitcast=True)
     return tl.minimum((bits >> 22) - 254, times - 1)
@@ -93,6 +93,7 @@ def forward(
     q, k, v, out, position, time, visible, asked, stamped, work, positions, times, window, prefix,
     BIASED: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    """out[i] of every token: a tile of rows of one head a program."""
     head = tl.program_id(0) % HEADS
     start, length, first, ahead, begin, end = _row_work(work, tl.program_id(0) // HEADS)
     lane = tl.arange(0, TILE)
@@ -130,6 +131,7 @@ def rows(
     q, k, v, g, dq, position, time, visible, asked, stamped, work, positions, times, window, prefix,
     BIASED: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    """dq of every token, from g, the gradient of `out`."""
     head = tl.program_id(0) % HEADS
     start, length, first, ahead, begin, end = _row_work(work, tl.program_id(0) // HEADS)
     lane = tl.arange(0, TILE)
@@ -169,7 +171,7 @@ def keys(
     q, k, v, g, dk, dv, position, time, visible, asked, stamped, work, positions, times, window, prefix,
     BIASED: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Tiles lie on their side here: [keys, rows]."""
+    """dk and dv of every token: a tile of keys of one head a program. Pairs lie on their side here: [keys, rows]."""
     head = tl.program_id(0) % HEADS
     at = work + tl.program_id(0) // HEADS * 5  # start, length, first key; then the tiles of rows
     start, length, first, begin, end = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4)
@@ -236,7 +238,7 @@ def _by_position(found, ds, distance, seen, visible, origin, last, bucket, TILE:
     return found + tl.where(bucket == last, tl.sum(tl.where(distance >= last, ds, 0.0)), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["items"])
 def biases(
     q, k, v, g, position_parts, time_parts, position, time, visible, asked, stamped, work, items,
     positions, times, window, prefix,

@@ -1,6 +1,6 @@
 """The attention of `attention` on a GPU: what the kernels of `attention_kernels` are launched with, and on what.
 
-A batch is laid out on the host once for all layers and sent over as three tensors: a mask is `visible` and two times a
+A batch is laid out on the host once for all layers and sent over as vectors: a mask is `visible` and two times a
 token, never a matrix. The work is a list of tiles, so a short sequence costs one: for each tile of rows the tiles of
 keys of which any of its rows sees any (a request's targets do not see each other, so there are none between them; a
 local window leaves the middle out), for each tile of keys the range of tiles of rows that see it. The longest go first.
@@ -63,9 +63,7 @@ class Plan:
     keys: Tensor
 
 
-def plan(
-    tokens: Tokens, shape: Shape, device: torch.device | str = "cuda", tile: int = TILES[torch.float32]
-) -> Plan:
+def plan(tokens: Tokens, shape: Shape, device: torch.device | str = "cuda", tile: int = TILES[torch.float32]) -> Plan:
     """Lay out a batch. `ConfigError` for more position buckets than the kernels can hold."""
     if shape.positions > MOST_POSITIONS:
         raise ConfigError(
@@ -74,11 +72,12 @@ def plan(
             remedy=f"at most {MOST_POSITIONS}",
         )
     rows, keys = work(tokens, shape, tile)
-    work_list = torch.from_numpy(np.concatenate([rows.ravel(), keys.ravel(), tokens.visible]).astype(np.int32))
-    times = torch.from_numpy(np.stack([tokens.query_times, tokens.times])).to(device)
-    sizes = [rows.size, keys.size, len(tokens)]
-    on_rows, on_keys, visible = work_list.to(device).split(sizes)
-    return Plan(shape, tile, visible, times[0], times[1], on_rows.view(-1, 6), on_keys.view(-1, 5))
+    small = [x.astype(np.int32) for x in (tokens.visible, rows, keys)]
+    visible, on_rows, on_keys, asked, stamped = (
+        torch.from_numpy(np.ascontiguousarray(x)).to(device)  # each its own: aligned, so no kernel is compiled twice
+        for x in (*small, tokens.query_times, tokens.times)
+    )
+    return Plan(shape, tile, visible, asked, stamped, on_rows, on_keys)
 
 
 def work(tokens: Tokens, shape: Shape, tile: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -144,7 +143,7 @@ class _Attend(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, position, time = ctx.saved_tensors
         plan, g = ctx.plan, gradients[0].contiguous()
@@ -180,7 +179,7 @@ def _launch(  # noqa: PLR0917
     window = shape.local_window or ANYWHERE
     numbers = [*counts, shape.positions, shape.times, window, shape.global_prefix]
     columns = [position if biased else q, time if biased else q, plan.visible, plan.asked, plan.stamped, work]
-    with torch.cuda.device_of(q):
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]
         getattr(attention_kernels, name)[(programs,)](
             *tensors, *columns, *numbers, **sizes, num_warps=warps, num_stages=stages
         )

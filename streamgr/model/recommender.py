@@ -6,7 +6,9 @@ its candidates (serving). The two are the same function: a candidate is an item 
 ids' vectors come from the ID table, as an argument.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +16,8 @@ from torch import Tensor, nn
 
 from streamgr import config
 from streamgr.events import IMPRESSION, History
-from streamgr.model import attention_blocks
+from streamgr.model import attention, attention_blocks
+from streamgr.model.attention import Attend
 from streamgr.model.heads import RankingHead, RetrievalHead
 from streamgr.model.hstu import Encoding, Seen, Stack, normal
 from streamgr.model.tokens import Layout, Tokens, tokenize
@@ -24,11 +27,27 @@ MARK_STD = 0.3  # what a user did must stand out from which item it was
 LONG_AGO_MS = 1 << 62
 
 
+def attention_of(device: torch.device | None) -> tuple[Attend, Callable[[Tokens, attention.Shape], Any]]:
+    """The twin of the attention for a device, and what lays out a batch for it."""
+    if device is None or device.type == "cpu":
+        return attention_blocks.attend, attention_blocks.plan
+    from streamgr.model import attention_triton  # Triton is there where a GPU is
+
+    return attention_triton.attend, partial(attention_triton.plan, device=device)
+
+
 class Recommender(nn.Module):
     """All dense parameters. `actions`: the ordered action kinds, one task each. Equal seeds give equal weights."""
 
-    def __init__(self, settings: config.Model, actions: Sequence[str], seed: int, window_ms: int = 0) -> None:
-        """window_ms: the attribution window, which summed tokens depend on."""
+    def __init__(
+        self,
+        settings: config.Model,
+        actions: Sequence[str],
+        seed: int,
+        window_ms: int = 0,
+        device: torch.device | None = None,
+    ) -> None:
+        """window_ms: the attribution window, which summed tokens depend on. device: the CPU unless another one."""
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.settings, self.actions = settings, tuple(actions)
@@ -36,10 +55,13 @@ class Recommender(nn.Module):
             raise ValueError("summed tokens depend on the attribution window: give `window_ms`")
         self.layout = Layout(len(actions), window_ms if settings.tokens == "summed" else 0, settings.user_token)
         self.marks = normal((self.layout.marks, settings.dim), generator, MARK_STD)
-        self.stack = Stack(settings, generator, attention_blocks.attend)
+        attend, self._plan = attention_of(device)
+        self.stack = Stack(settings, generator, attend)
         self.encoding = Encoding(settings, generator) if self.stack.encoded else None
         self.ranking = RankingHead(settings.dim, len(self.actions), generator)
         self.retrieval = RetrievalHead(settings.dim, generator)
+        if device is not None:
+            self.to(device)
 
     def tokens(self, history: History, at: int, user: int) -> Tokens:
         """The tokens of one history (all before `at`, ms), asked at `at`; user: `events.user_key`."""
@@ -76,14 +98,14 @@ class Recommender(nn.Module):
         return self.queries(self.transduce(tokens, vectors), torch.from_numpy(tokens.queries))[0]
 
     def _run(self, tokens: Tokens, vectors: Tensor) -> tuple[Tensor, list[Seen]]:
-        plan = attention_blocks.plan(tokens, self.stack.shape)
+        plan = self._plan(tokens, self.stack.shape)
         embedded = self._embed(vectors, tokens.marks)
         if self.encoding is not None:
             start = np.repeat(tokens.offsets[:-1], np.diff(tokens.offsets))
             last = tokens.times[start + np.maximum(tokens.visible - 1, 0)]
             asked = np.where(tokens.provisional, tokens.times, tokens.query_times)
             waited = np.where(tokens.visible > 0, asked - last, LONG_AGO_MS)
-            embedded = embedded + self.encoding(torch.from_numpy(tokens.visible), torch.from_numpy(waited))
+            embedded = embedded + self.encoding(self._here(tokens.visible), self._here(waited))
         hidden, kept = self.stack(embedded, plan)
         return hidden, kept
 
@@ -96,6 +118,9 @@ class Recommender(nn.Module):
         return embedded
 
     def _embed(self, vectors: Tensor, marks: "np.typing.NDArray[np.int64]") -> Tensor:
-        bits = torch.from_numpy(marks[:, None] >> np.arange(self.layout.marks) & 1).to(vectors.dtype)
+        bits = torch.from_numpy(marks[:, None] >> np.arange(self.layout.marks) & 1).to(vectors)
         embedded: Tensor = torch.addmm(vectors * self.settings.dim**0.5, bits, self.marks)
         return embedded
+
+    def _here(self, values: "np.typing.NDArray[np.int64]") -> Tensor:
+        return torch.from_numpy(values).to(self.marks.device)

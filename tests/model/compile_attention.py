@@ -35,9 +35,7 @@ def build(name: str, arch: int, dtype: str, dim: int) -> tuple[int, int, int]:
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind[0] == "*"}
     warps, stages = attention_triton.LAUNCHES[name][BYTES[dtype]][sizes["WIDTH"] > 64]
     source = ASTSource(kernel, types, constexprs=sizes, attrs=aligned)
-    made = compile(
-        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": stages}
-    )
+    made = compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": stages})
     return len(made.asm["cubin"]), made.metadata.shared, spilled(made.asm["cubin"])
 
 

@@ -24,8 +24,9 @@ with pytest.MonkeyPatch.context() as _patch:
     import triton.language as tl
     from triton.runtime import interpreter
 
-    from streamgr.model import attention_kernels as attention_kernels
-    from streamgr.model import attention_triton as attention_triton
+    from streamgr.model import attention_triton
+
+__all__ = ["DEVICE", "attention_triton", "interpreting"]
 
 
 @contextmanager
@@ -50,5 +51,8 @@ def convert(values: Any, source: Any, target: Any, rounding: Any) -> Any:
 
 
 def dot(_: Any, a: Any, b: Any, total: Any, *__: Any) -> Any:
-    a, b = (convert(x.data, x.dtype.scalar, tl.float32, None) if x.dtype.scalar == tl.bfloat16 else x.data for x in (a, b))
-    return interpreter.TensorHandle(np.matmul(a, b) + total.data, total.dtype.scalar)
+    return interpreter.TensorHandle(np.matmul(plain(a), plain(b)) + total.data, total.dtype.scalar)
+
+
+def plain(x: Any) -> Any:
+    return convert(x.data, tl.bfloat16, tl.float32, None) if x.dtype.scalar == tl.bfloat16 else x.data

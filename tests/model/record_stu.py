@@ -1,4 +1,4 @@
-"""Record what RecTools' `STULayer` answers: `python record_stu.py > data/rectools_stu.json`, where RecTools is installed.
+"""Record what RecTools' `STULayer` answers: `python record_stu.py > data/rectools_stu.json`, where RecTools is.
 
 Needs `pip install 'rectools[torch]'` (recorded with 0.19.0, Apache-2.0) and nothing of ours; it only runs their layer.
 Their time buckets are logarithms of seconds and ours bits of milliseconds, so the timestamps are chosen such that, over
@@ -26,7 +26,7 @@ def theirs(seconds: int) -> int:
 
 
 def ours(seconds: int) -> int:
-    """Two buckets an octave of 1 + ms / 64, exactly on these (`attention.time_bucket` is held against it in the test)."""
+    """Two buckets an octave of 1 + ms / 64 (the test asks `attention.time_bucket` itself)."""
     octave, x = 0, 1 + seconds * 1000 / 64
     while x >= 2:
         octave, x = octave + 1, x / 2

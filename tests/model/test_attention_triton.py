@@ -34,6 +34,7 @@ from .interpreter import DEVICE, attention_triton, interpreting
 
 NAMES = ("out", "dq", "dk", "dv", "dposition", "dtime")
 TILE = 16
+SMALL = Shape(16, 12)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,7 +50,7 @@ class Case:
     lengths: tuple[int, ...]
     heads: int = 2
     dim: int = 16
-    shape: Shape = Shape(16, 12)
+    shape: Shape = SMALL
     biased: bool = True
     span_ms: int = 60_000
     requests: int | None = None  # of a history; 1: all its items are one request's
