@@ -34,9 +34,9 @@ MOST_WIDTH = 128
 MOST_POSITIONS = 8192  # a program of `biases` keeps as many sums in registers
 ANYWHERE = (1 << 31) - 1  # as a window
 
-# Warps and stages by bytes of an element, for head dims up to 64 and above. Chosen for few spilled registers, and for
-# shared memory below 99 KB, which every GPU since Ampere has: so there is no table an architecture, and nothing to try
-# out at run time.
+# Warps and stages by bytes of an element, for head dims up to 64 and above. Chosen from what the compiler says: few
+# spilled registers, and shared memory that there is everywhere: at most 96 KB as compiled for Ampere, whose smallest
+# cards have 99, and 128 KB of Hopper's 227. So there is no table an architecture, and nothing to try out at run time.
 LAUNCHES: Mapping[str, Mapping[int, tuple[tuple[int, int], tuple[int, int]]]] = {
     "forward": {2: ((4, 2), (8, 2)), 4: ((4, 2), (8, 1))},
     "rows": {2: ((4, 2), (8, 2)), 4: ((4, 2), (8, 1))},
