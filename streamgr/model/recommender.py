@@ -7,7 +7,9 @@ candidate being an item token whose request time is `at`, in parts that can be k
 candidates the first costs O(n^2 D) and the last O(c n D). The ids' vectors come from the ID table, as an argument.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +17,8 @@ from torch import Tensor, nn
 
 from streamgr import config
 from streamgr.events import IMPRESSION, History
-from streamgr.model import attention_blocks
+from streamgr.model import attention, attention_blocks
+from streamgr.model.attention import Attend
 from streamgr.model.cache import Cache
 from streamgr.model.heads import RankingHead, RetrievalHead
 from streamgr.model.hstu import Encoding, Seen, Stack, View, normal
@@ -26,11 +29,27 @@ LONG_AGO_MS = 1 << 62
 PAIRS_A_VIEW = 1 << 20  # of an appended row and a token before it: more rows are appended in parts
 
 
+def attention_of(device: torch.device | None) -> tuple[Attend, Callable[[Tokens, attention.Shape], Any]]:
+    """The twin of the attention for a device, and what lays out a batch for it."""
+    if device is None or device.type == "cpu":
+        return attention_blocks.attend, attention_blocks.plan
+    from streamgr.model import attention_triton  # Triton is there where a GPU is
+
+    return attention_triton.attend, partial(attention_triton.plan, device=device)
+
+
 class Recommender(nn.Module):
     """All dense parameters. `actions`: the ordered action kinds, one task each. Equal seeds give equal weights."""
 
-    def __init__(self, settings: config.Model, actions: Sequence[str], seed: int, window_ms: int = 0) -> None:
-        """window_ms: the attribution window, which summed tokens depend on."""
+    def __init__(
+        self,
+        settings: config.Model,
+        actions: Sequence[str],
+        seed: int,
+        window_ms: int = 0,
+        device: torch.device | None = None,
+    ) -> None:
+        """window_ms: the attribution window, which summed tokens depend on. device: the CPU unless another one."""
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.settings, self.actions = settings, tuple(actions)
@@ -38,10 +57,13 @@ class Recommender(nn.Module):
             raise ValueError("summed tokens depend on the attribution window: give `window_ms`")
         self.layout = Layout(len(actions), window_ms if settings.tokens == "summed" else 0, settings.user_token)
         self.marks = normal((self.layout.marks, settings.dim), generator, MARK_STD)
-        self.stack = Stack(settings, generator, attention_blocks.attend)
+        attend, self._plan = attention_of(device)
+        self.stack = Stack(settings, generator, attend)
         self.encoding = Encoding(settings, generator) if self.stack.encoded else None
         self.ranking = RankingHead(settings.dim, len(self.actions), generator)
         self.retrieval = RetrievalHead(settings.dim, generator)
+        if device is not None:
+            self.to(device)
 
     def tokens(self, history: History, at: int, user: int) -> Tokens:
         """The tokens of one history (all before `at`, ms), asked at `at`; user: `events.user_key`."""
@@ -107,7 +129,7 @@ class Recommender(nn.Module):
         return self.queries(cache.acted, torch.tensor([len(cache.acted) - 1]))[0]
 
     def _run(self, tokens: Tokens, vectors: Tensor) -> tuple[Tensor, list[Seen]]:
-        hidden, kept = self.stack(self._embedded(tokens, vectors), attention_blocks.plan(tokens, self.stack.shape))
+        hidden, kept = self.stack(self._embedded(tokens, vectors), self._plan(tokens, self.stack.shape))
         return hidden, kept
 
     def _embedded(self, tokens: Tokens, vectors: Tensor, start: int = 0) -> Tensor:
@@ -119,13 +141,16 @@ class Recommender(nn.Module):
             last = tokens.times[first + np.maximum(visible - 1, 0)]
             asked = np.where(tokens.provisional, tokens.times, tokens.query_times)[start:]
             waited = np.where(visible > 0, asked - last, LONG_AGO_MS)
-            embedded = embedded + self.encoding(torch.from_numpy(visible), torch.from_numpy(waited))
+            embedded = embedded + self.encoding(self._here(visible), self._here(waited))
         return embedded
 
     def _embed(self, vectors: Tensor, marks: "np.typing.NDArray[np.int64]") -> Tensor:
-        bits = torch.from_numpy(marks[:, None] >> np.arange(self.layout.marks) & 1).to(vectors.dtype)
+        bits = torch.from_numpy(marks[:, None] >> np.arange(self.layout.marks) & 1).to(vectors)
         embedded: Tensor = torch.addmm(vectors * self.settings.dim**0.5, bits, self.marks)
         return embedded
+
+    def _here(self, values: "np.typing.NDArray[np.int64]") -> Tensor:
+        return torch.from_numpy(values).to(self.marks.device)
 
 
 def _row(hidden: Tensor, index: int) -> Tensor:

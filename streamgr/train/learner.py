@@ -74,11 +74,13 @@ class Negatives:
 class Learner:
     """The three things that change with a step: network, table, optimizers. Not thread safe."""
 
-    def __init__(self, settings: config.Config) -> None:
+    def __init__(self, settings: config.Config, device: torch.device | None = None) -> None:
+        """device: of the network, the CPU unless another one; see `device`."""
         trainer, table = settings.trainer, settings.table
         self._settings, self._history_length = trainer, settings.sequence.history_length
         window_ms = milliseconds(settings.sequence.attribution_window_seconds)
-        self.model = Recommender(settings.model, settings.sequence.actions, trainer.seed, window_ms)
+        self.model = Recommender(settings.model, settings.sequence.actions, trainer.seed, window_ms, device)
+        self._device = device or torch.device("cpu")
         self.table = IdTable(table, settings.model.dim, trainer.seed)
         self._model_settings = settings.model
         self.dense = torch.optim.AdamW(
@@ -99,7 +101,7 @@ class Learner:
         negatives, lesson = self._negatives(batch), self._lesson(batch)
         if lesson is not batch:
             with torch.no_grad():
-                judged = self._forward(batch, self.table.vectors(lookup))
+                judged = self._forward(batch, self.table.vectors(lookup).to(self._device))
             lookup = self.table.lookup(lesson.tokens.keys, watermark_ms=self.watermark_ms)
         rows, leaf, vectors, negative_vectors = self._gather(lookup, negatives)
         logits, queries = self._forward(lesson, vectors)
@@ -111,7 +113,7 @@ class Learner:
             loss = loss + self._model_settings.ranking_weight * ranking_loss(logits, labels)
         if queries is not None and len(negatives.keys):
             found = lesson.targets.retrieved
-            positives = embedding(torch.from_numpy(lesson.targets.token[found]), vectors)
+            positives = embedding(self._there(lesson.targets.token[found]), vectors)
             loss = loss + self._model_settings.retrieval_weight * sampled_softmax(
                 queries,
                 positives,
@@ -157,10 +159,10 @@ class Learner:
         f32[T, D] and the negatives' f32[N, D], as functions of the leaf."""
         used, place = np.unique(np.concatenate([lookup.rows_a, lookup.rows_b, negatives.rows]), return_inverse=True)
         rows = torch.from_numpy(used)
-        leaf = self.table.weight.index_select(0, rows).to(WIRE).float().requires_grad_()
+        leaf = self.table.weight.index_select(0, rows).to(WIRE).float().to(self._device).requires_grad_()
         # `embedding` sums the gradient of a repeated row in one fixed order; indexing need not
         n = len(lookup.rows_a)
-        a, b, c = (torch.from_numpy(part) for part in np.split(place, [n, 2 * n]))
+        a, b, c = (self._there(part) for part in np.split(place, [n, 2 * n]))
         return rows, leaf, mean(embedding(a, leaf), embedding(b, leaf)), embedding(c, leaf)
 
     def _grow(self) -> None:
@@ -190,7 +192,7 @@ class Learner:
         ranked = batch.targets.ranked
         if not len(ranked) or not self._model_settings.ranking_weight:
             return None
-        index = torch.from_numpy(batch.targets.token[ranked])
+        index = self._there(batch.targets.token[ranked])
         return self.model.rank(embedding(index, hidden))
 
     def _queries(self, batch: Batch, hidden: Tensor) -> Tensor | None:
@@ -198,7 +200,7 @@ class Learner:
         found = batch.targets.retrieved
         if not len(found) or not self._model_settings.retrieval_weight:
             return None
-        return self.model.queries(hidden, torch.from_numpy(batch.targets.query[found]))
+        return self.model.queries(hidden, self._there(batch.targets.query[found]))
 
     def _catalogue(self) -> tuple[NDArray[np.uint64], Tensor]:
         """The live items as they are now: keys u64[k] and normalised vectors f32[k, D] (a copy)."""
@@ -218,10 +220,10 @@ class Learner:
         probabilities = np.full((len(targets), targets.labels.shape[1]), np.nan, np.float32)
         rank = np.zeros(len(targets), np.int64)
         if logits is not None:
-            probabilities[targets.ranked] = logits.sigmoid().numpy()
+            probabilities[targets.ranked] = logits.sigmoid().cpu().numpy()
         if queries is None or catalogue is None:
             return Predictions(probabilities, rank, len(self.table.live(self.watermark_ms, ITEM)[0]))
-        keys, vectors = catalogue
+        keys, vectors = catalogue[0], catalogue[1].to(self._device)
         order = np.argsort(keys)
         found = targets.retrieved
         wanted = targets.keys[found]
@@ -231,12 +233,12 @@ class Learner:
         rank[found] = -1
         block = max(1, RANK_CELLS // max(1, len(keys)))
         for part in np.array_split(np.flatnonzero(known), max(1, -(-int(known.sum()) // block))):
-            scores = queries[torch.from_numpy(part)] @ vectors.T
-            true = scores.gather(1, torch.from_numpy(column[part])[:, None])
+            scores = queries[self._there(part)] @ vectors.T
+            true = scores.gather(1, self._there(column[part])[:, None])
             ahead = ~(
                 scores < true
             )  # ties, and what is not finite, count against us; so does the item itself: 1 = best
-            rank[found[part]] = ahead.sum(dim=1).numpy()
+            rank[found[part]] = ahead.sum(dim=1).cpu().numpy()
         return Predictions(probabilities, rank, len(keys))
 
     def _descend(self, loss: Tensor, rows: Tensor, leaf: Tensor) -> str:
@@ -248,8 +250,8 @@ class Learner:
             SKIPPED.labels("loss").inc()
             return "loss"
         loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._settings.gradient_clip)
-        gradient = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._settings.gradient_clip).cpu()
+        gradient = (leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)).cpu()
         if not (bool(torch.isfinite(norm)) and bool(torch.isfinite(gradient).all())):
             self.dense.zero_grad(set_to_none=True)
             SKIPPED.labels("gradient").inc()
@@ -264,13 +266,13 @@ class Learner:
     # -- checkpoints
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that a later step depends on, by name."""
-        tensors = {f"model/{name}": value.detach() for name, value in self.model.state_dict().items()}
+        """Everything that a later step depends on, by name, on the host."""
+        tensors = {f"model/{name}": value.detach().cpu() for name, value in self.model.state_dict().items()}
         tensors |= {f"table/{name}": value for name, value in self.table.state().items()}
         tensors |= {f"sparse/{name}": column for name, column in self.sparse.state.items()}
         for name, parameter in self.model.named_parameters():
             for key, value in self.dense.state.get(parameter, {}).items():
-                tensors[f"adamw/{key}/{name}"] = value.detach()
+                tensors[f"adamw/{key}/{name}"] = value.detach().cpu()
         return tensors
 
     def load_state(self, tensors: Mapping[str, Tensor], step: int, watermark_ms: int) -> None:
@@ -285,8 +287,14 @@ class Learner:
                 if f"adamw/{key}/{name}" in tensors
             }
             if state:
-                self.dense.state[parameter] = {key: value.clone() for key, value in state.items()}
+                home = {"step": torch.device("cpu")}  # AdamW counts on the host
+                self.dense.state[parameter] = {
+                    key: value.to(home.get(key, self._device), copy=True) for key, value in state.items()
+                }
         self.step, self.watermark_ms = step, watermark_ms
+
+    def _there(self, values: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(values).to(self._device)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

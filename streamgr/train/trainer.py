@@ -23,7 +23,7 @@ import torch
 
 from streamgr.clock import Clock, milliseconds
 from streamgr.config import Config
-from streamgr.errors import ConfigError, DataError
+from streamgr.errors import DataError
 from streamgr.kafka.consumer import Consumer
 from streamgr.kafka.producer import Producer
 from streamgr.model.recommender import Recommender
@@ -31,6 +31,7 @@ from streamgr.service import Stop
 from streamgr.telemetry import DURATION_BUCKETS, HORIZON, WATERMARK, Health, Log, counter, histogram
 from streamgr.train.batch import assemble
 from streamgr.train.checkpoint import Checkpoints, Facts, lock
+from streamgr.train.device import training_device
 from streamgr.train.guard import Candidate, Guard
 from streamgr.train.learner import Learner
 from streamgr.train.meters import TableMeters
@@ -64,12 +65,7 @@ class Trainer:
         source: Source | None = None,
         publisher: Publisher | None = None,
     ) -> None:
-        if config.trainer.device != "cpu":
-            raise ConfigError(
-                f"no device {config.trainer.device!r}: this version trains on the CPU",
-                where="trainer.device",
-                remedy="set it to 'cpu'",
-            )
+        self._device = training_device(config.trainer.device)
         self._config, self._clock, self._log, self._health, self._stop = config, clock, log, health, stop
         self._given = source, publisher
         self._closing = ExitStack()
@@ -152,7 +148,7 @@ class Trainer:
         torch.use_deterministic_algorithms(True)
         # a debugging aid that costs a seventh of a step
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        self._learner = Learner(config)
+        self._learner = Learner(config, self._device)
         prequential = Prequential(config.sequence.actions, settings.window_targets, settings.fade_targets)
         self._architecture: dict[str, Any] = msgspec.to_builtins(
             {

@@ -141,7 +141,7 @@ class Versions:
             mark=table.mark(),
             ahead=ahead,
             late=table.rows(late),
-            dense={name: tensor.detach().clone() for name, tensor in dense.items()},
+            dense={name: tensor.detach().to("cpu", copy=True) for name, tensor in dense.items()},
             keys=keys,
             vectors=table.vectors(table.lookup(keys, watermark_ms=facts.watermark_ms)),
             prequential=copy.deepcopy(prequential),

@@ -235,9 +235,9 @@ def test_another_geometry_is_refused(tmp_path: Path) -> None:
         build(settings(tmp_path, seed=2), MemorySource(stream(1, 3))).run_until_end()
 
 
-def test_a_device_this_version_cannot_use_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no device 'cuda'"):
-        build(settings(tmp_path, device="cuda"), MemorySource([[]]))
+def test_a_device_that_is_not_here_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no device 'cuda:99'"):
+        build(settings(tmp_path, device="cuda:99"), MemorySource([[]]))
 
 
 # -- the learner
