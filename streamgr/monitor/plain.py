@@ -56,7 +56,7 @@ class Follower:
                 if not self._stop:
                     self._log.warning("broker_away", str(error))
             except DataError as error:  # also `RetentionPassed`
-                self._log.warning("log_cut", str(error))
+                self._log.warning("records_passed_over", str(error))
             except Exception as error:
                 self.failure = error
                 return
