@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHARED = {  # one meaning, told from more than one place
     "partitions_assigned": "what a sequencer owns now: of its group, or by itself",
     "stopped_by_error": "a process leaves with a named error",
+    "listening": "a role answers HTTP at this address",
     "stopped_waiting": "a process was told to leave while it waited for the broker",
     "drain_incomplete": "a role left before all of it had",
 }
