@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 
 from streamgr.kafka.embedded import DIE_WITH_PARENT
 
@@ -135,7 +135,7 @@ class System:
         name = f"{self.prefix}.{topic}"
         try:
             partitions = consumer.list_topics(name, 10).topics[name].partitions
-            return sum(consumer.get_watermark_offsets(TopicPartition(name, p), 10)[1] for p in partitions)
+            return sum(_end(consumer, TopicPartition(name, p)) for p in partitions)
         finally:
             consumer.close()
 
@@ -190,3 +190,15 @@ def kill(child: "subprocess.Popen[bytes]") -> None:
     assert child.poll() is None, "it had already left"
     child.send_signal(signal.SIGKILL)
     child.wait()
+
+
+def _end(consumer: Consumer, partition: TopicPartition, seconds: float = 10.0) -> int:
+    """Where a partition ends; of a topic just made, the leader may not know yet that it is."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return int(consumer.get_watermark_offsets(partition, 10)[1])
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError.NOT_LEADER_FOR_PARTITION or time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
