@@ -13,7 +13,8 @@ export PYTHONUNBUFFERED = 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check format crash-test crash-test-trainer cluster-test fuzz fuzz-weights
-.PHONY: bench-ingest bench-latency bench-restore bench-replay bench-table bench-delta bench-vocabulary clean
+.PHONY: bench-ingest bench-latency bench-restore bench-replay bench-table bench-delta bench-vocabulary
+.PHONY: bench-attention clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -79,6 +80,9 @@ bench-table: $(VENV)/installed  ## ids per second to slots, beside a dict, id % 
 
 bench-vocabulary: $(VENV)/installed  ## quality under churn at equal memory: our table and its parts beside hashed and static ones
 	$(PY) -m tests.bench.vocabulary --data $(DATA) $(BENCH)
+
+bench-attention: $(VENV)/installed  ## tokens per second and memory of HSTU's attention beside a padded one and a Transformer
+	$(PY) -m tests.bench.attention --data $(DATA) $(BENCH)
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist reports
