@@ -18,7 +18,8 @@ export PYTHONUNBUFFERED = 1
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check audit format crash-test crash-test-trainer cluster-test fuzz fuzz-weights
 .PHONY: bench-ingest bench-latency bench-restore bench-delta bench-replay bench-table bench-vocabulary
-.PHONY: bench-candidates bench-offline bench-streaming bench-ablations up down secrets drill soak clean
+.PHONY: bench-candidates bench-offline bench-streaming bench-ablations up down secrets drill soak bench-attention
+.PHONY: clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -118,6 +119,9 @@ drill: $(VENV)/installed  ## break a stack of containers in every way, and see i
 
 soak: $(VENV)/installed  ## freshness over ten minutes at 300 events a second (SOAK=…)
 	$(PY) -m tests.ops.soak $(SOAK)
+
+bench-attention: $(VENV)/installed  ## tokens per second and memory of HSTU's attention beside a padded one and a Transformer
+	$(PY) -m tests.bench.attention --data $(DATA) $(BENCH)
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist reports

@@ -28,7 +28,7 @@ from streamgr.model.attention import Shape, time_bucket
 from streamgr.model.tokens import Tokens
 
 NOTHING = -1e9
-ROWS = 64  # of a tile: fewer skip more of the causal half, more make better matrix products
+ROWS = 64  # of a tile, twice as many in a long sequence: fewer skip more, more make better matrix products
 COLUMNS = 1024
 PLAN_BYTES = 256 << 20
 SCORE_BYTES = 64 << 20
@@ -108,9 +108,10 @@ def plan(tokens: Tokens, shape: Shape) -> Plan:
 
 def _tiles(real: NDArray[np.bool_], visible: NDArray[np.int64], shape: Shape) -> Iterator[tuple[slice, slice]]:
     """(rows, columns) of a block's tiles: each row tile with the stretches of columns that any of its rows sees."""
-    n = real.shape[1]
-    for start in range(0, n, ROWS):
-        rows = slice(start, min(start + ROWS, n))
+    b, n = real.shape
+    height = ROWS if b > 1 else 2 * ROWS
+    for start in range(0, n, height):
+        rows = slice(start, min(start + height, n))
         seen = visible[:, rows][real[:, rows]]
         stretches = [(0, int(seen.max())), (rows.start, rows.stop)]
         if shape.local_window:
@@ -160,76 +161,76 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, table: Tensor, plan: Plan) -> Tensor:  # noqa: PLR0917
         ctx.save_for_backward(q, k, v, table)
-        ctx.plan = plan
-        ctx.kept, left = [], SCORE_BYTES if any(ctx.needs_input_grad) else 0
-        out, room = _Padded(plan, v), _Room(plan, q)
+        ctx.plan, ctx.kept, left = plan, [], SCORE_BYTES if any(ctx.needs_input_grad) else 0
+        padding, room = _Padding(plan, q), _Room(plan, q)
+        q, k, v = (padding.add(x) for x in (q, k, v))
+        out = torch.zeros_like(v)
         for block in plan.blocks:
-            (bq, bk, bv), total = _padded(block, q, k, v), out.part(block)
+            bq, bk, bv, bout = (padding.of(block, x) for x in (q, k, v, out))
             for tile in block.tiles:
                 scores = room.scores(tile, bq, bk, _bias(block, tile, plan.shape), table, keep=left > 0)
-                weights = torch.ops.aten.silu.out(scores, out=room.like(scores))
-                total[:, tile.rows] += torch.bmm(weights, bv[:, tile.columns])
+                weights = torch.ops.aten.silu.out(scores, out=room.other(scores))
+                bout[:, tile.rows].add_(torch.bmm(weights, bv[:, tile.columns]))
                 if left > 0:
                     ctx.kept.append(scores)
                     left -= scores.nbytes
-        return out.jagged()
+        return padding.remove(out)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, table = ctx.saved_tensors
         plan: Plan = ctx.plan
-        dq, dk, dv, room = _Padded(plan, q), _Padded(plan, k), _Padded(plan, v), _Room(plan, q)
+        padding, room = _Padding(plan, q), _Room(plan, q)
+        q, k, v, g = (padding.add(x) for x in (q, k, v, gradients[0]))
+        dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
         dtable = torch.zeros(len(table), dtype=torch.float64) if ctx.needs_input_grad[3] else None
         kept = iter(ctx.kept)
         for block in plan.blocks:
-            bq, bk, bv, bg = _padded(block, q, k, v, gradients[0])
-            tq, tk, tv = dq.part(block), dk.part(block), dv.part(block)
+            bq, bk, bv, bg, tq, tk, tv = (padding.of(block, x) for x in (q, k, v, g, dq, dk, dv))
             for tile in block.tiles:
-                r, c, bias = tile.rows, tile.columns, _bias(block, tile, plan.shape)
+                bias = _bias(block, tile, plan.shape)
                 scores = next(kept, None)
                 if scores is None:
                     scores = room.scores(tile, bq, bk, bias, table, keep=False)
-                weights = torch.ops.aten.silu.out(scores, out=room.like(scores))
-                tv[:, c] += torch.bmm(weights.transpose(1, 2), bg[:, r])
-                ds = torch.bmm(bg[:, r], bv[:, c].transpose(1, 2), out=weights)
+                weights = torch.ops.aten.silu.out(scores, out=room.other(scores))
+                rq, rg, ck, cv = bq[:, tile.rows], bg[:, tile.rows], bk[:, tile.columns], bv[:, tile.columns]
+                tv[:, tile.columns].add_(torch.bmm(weights.transpose(1, 2), rg))
+                ds = torch.bmm(rg, cv.transpose(1, 2), out=weights)
                 torch.ops.aten.silu_backward.grad_input(ds, scores, grad_input=ds)
-                tq[:, r] += torch.bmm(ds, bk[:, c])
-                tk[:, c] += torch.bmm(ds.transpose(1, 2), bq[:, r])
+                tq[:, tile.rows].add_(torch.bmm(ds, ck))
+                tk[:, tile.columns].add_(torch.bmm(ds.transpose(1, 2), rq))
                 if dtable is not None:
                     dtable += torch.bincount(bias, room.over_heads(ds, len(block.tokens)), minlength=len(table))
-        return dq.jagged(), dk.jagged(), dv.jagged(), None if dtable is None else dtable.to(table.dtype), None
+        found = None if dtable is None else dtable.to(table.dtype)
+        return padding.remove(dq), padding.remove(dk), padding.remove(dv), found, None
 
 
 def _bias(block: Block, tile: Tile, shape: Shape) -> Tensor:
     return bias_rows(block, tile.rows, tile.columns, shape) if tile.bias is None else tile.bias
 
 
-def _padded(block: Block, *values: Tensor) -> list[Tensor]:
-    """f32[T, H, d] -> f32[b * H, n, d]: a block of each."""
-    b, n = block.tokens.shape
-    _, heads, dim = values[0].shape
-    rows = (block.tokens[:, None] * heads + torch.arange(heads)[:, None]).view(-1)
-    return [x.reshape(-1, dim).index_select(0, rows).view(b * heads, n, dim) for x in values]
-
-
-class _Padded:
-    """A sum for every place of a plan's blocks, and its way back to the tokens."""
+class _Padding:
+    """The way from tokens f32[T, H, d] to the places of all blocks f32[places * H, d], head by head, and back."""
 
     def __init__(self, plan: Plan, like: Tensor) -> None:
-        _, self._heads, dim = like.shape
-        self._plan = plan
-        self._sums = like.new_zeros(plan.places * self._heads, dim)
+        self.shape = like.shape
+        heads = like.shape[1]
+        head = torch.arange(heads)
+        rows = [(block.tokens[:, None] * heads + head[:, None]).view(-1) for block in plan.blocks]
+        self._there = torch.cat([head[:0], *rows])
+        self._back = ((plan.sequence * heads + plan.place)[:, None] + plan.width[:, None] * head).view(-1)
 
-    def part(self, block: Block) -> Tensor:
-        """f32[b * H, n, d]: those of a block."""
+    def add(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, x.shape[2]).index_select(0, self._there)
+
+    def remove(self, x: Tensor) -> Tensor:
+        return x.index_select(0, self._back).view(self.shape)
+
+    def of(self, block: Block, x: Tensor) -> Tensor:
+        """f32[b * H, n, d]: a block's part of what `add` gives."""
         b, n = block.tokens.shape
-        return self._sums[block.first * self._heads :][: b * self._heads * n].view(b * self._heads, n, -1)
-
-    def jagged(self) -> Tensor:
-        """f32[T, H, d]"""
-        plan = self._plan
-        rows = (plan.sequence * self._heads + plan.place)[:, None] + plan.width[:, None] * torch.arange(self._heads)
-        return self._sums.index_select(0, rows.view(-1)).view(len(rows), self._heads, self._sums.shape[1])
+        heads, dim = self.shape[1:]
+        return x[block.first * heads :][: b * heads * n].view(b * heads, n, dim)
 
 
 class _Room:
@@ -250,12 +251,16 @@ class _Room:
         scores.view(len(added), -1, *shape[1:]).add_(added)
         return scores
 
-    def like(self, scores: Tensor) -> Tensor:
+    def other(self, scores: Tensor) -> Tensor:
         """Room for as many again."""
         return self._other[: scores.numel()].view(scores.shape)
 
     def over_heads(self, ds: Tensor, b: int) -> Tensor:
         """f32[b * rows * columns]: the sum over heads."""
-        size = ds.numel() // len(ds) * b
-        ds = ds.view(b, -1, size // b)
-        return torch.sum(ds, 1, out=self._pairs[:size].view(b, -1)).view(-1)
+        first, *others = ds.view(b, -1, ds.shape[1] * ds.shape[2]).unbind(1)
+        if not others:
+            return first.reshape(-1)
+        total = torch.add(first, others[0], out=self._pairs[: first.numel()].view(first.shape))
+        for head in others[1:]:
+            total += head
+        return total.view(-1)

@@ -312,7 +312,11 @@ def main() -> None:
         kernels = importlib.import_module("streamgr.model.attention_triton")
         found["gpu"] = torch.cuda.get_device_name()
         args.tokens *= 16
-        found["rows"] += contests(args, Contest(settings, "cuda", kernels.attend, kernels.plan))
+        tile = kernels.TILES[torch.bfloat16]
+        found["rows"] += contests(
+            args,
+            Contest(settings, "cuda", kernels.attend, lambda batch, shape: kernels.plan(batch, shape, "cuda", tile)),
+        )
     report("bench-attention", found)
 
 

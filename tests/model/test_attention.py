@@ -93,6 +93,11 @@ def test_jagged_equals_padded_forward_and_backward(
             torch.testing.assert_close(mine / scale, padded / scale, rtol=1e-5, atol=1e-5)
 
 
+def test_nothing_attends_to_nothing() -> None:
+    tokens, values = batch([0, 0])
+    assert run("jagged", tokens, values).shape == (0, HEADS, DIM)
+
+
 def test_a_window_makes_the_plan_of_a_long_sequence_small() -> None:
     """Pairs that are laid out grow with n * window, not with n * n; the causal half costs half."""
     tokens = tokenize([random_history(4096, 0, requests=1 << 40)])
@@ -102,7 +107,7 @@ def test_a_window_makes_the_plan_of_a_long_sequence_small() -> None:
         return sum(tile.bias.numel() for tile in block.tiles if tile.bias is not None)
 
     assert pairs(SHAPE) < 0.52 * 4096**2
-    assert pairs(attention.Shape(POSITIONS, TIMES, 256, 16)) < 4096 * (256 + 16 + 3 * attention_blocks.ROWS)
+    assert pairs(attention.Shape(POSITIONS, TIMES, 256, 16)) < 4096 * (256 + 16 + 4 * attention_blocks.ROWS)
 
 
 def test_a_plan_is_kept_up_to_its_bytes_only() -> None:
