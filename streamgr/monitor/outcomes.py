@@ -23,6 +23,7 @@ for _outcome in ("positive", "negative", "not_shown", "dropped"):
     JOINED.labels(_outcome)  # 0 is a value too
 
 CANARY = "streamgr-canary-"  # users and items of this prefix are nobody's
+LOOK, JUDGE, CLOSE = range(3)  # what is due; of one moment in this order
 HELD_EVENTS = 200_000  # more than this many at once: the oldest go undecided, and are counted
 
 
@@ -88,7 +89,7 @@ class Outcomes:
         self._kinds, self._window_ms, self._serve_ms, self._grace_ms = kinds, window_ms, serve_ms, grace_ms
         self._wait_ms = window_ms + grace_ms  # from an impression to its verdict
         self._users: dict[str, _User] = {}
-        self._due: list[tuple[int, int, str, int, _Seen | Score]] = []  # a heap: (ms, scores last, user, number, what)
+        self._due: list[tuple[int, int, str, int, _Seen | Score]] = []  # a heap: (ms, step, user, number, what)
         self._number, self._swept_ms, self._bound = 0, 0, held_events
         self.held = 0  # events in memory
 
@@ -99,7 +100,7 @@ class Outcomes:
         user = self._users.setdefault(score.user, _User())
         if all((s.time_ms, s.version, s.p) != (score.time_ms, score.version, score.p) for s in user.scores):
             user.scores.append(score)
-            self._push(score.time_ms + self._serve_ms + self._wait_ms, 1, score.user, score)
+            self._push(score.time_ms + self._serve_ms + self._wait_ms, CLOSE, score.user, score)
 
     def event(self, event: Event, append_ms: int, partition: int) -> None:
         """An impression or an action, the same again changes nothing; profiles say nothing here."""
@@ -115,19 +116,21 @@ class Outcomes:
         self.held += 1
         user.last_ms = max(user.last_ms, append_ms)
         if event.kind == IMPRESSION:
-            self._push(append_ms + self._wait_ms, 0, event.user, one)
+            self._push(append_ms + self._grace_ms, LOOK, event.user, one)
 
     def settle(self, now_ms: int) -> list[Judged]:
         """What is decided by now, each once; `now_ms`: the time up to which the topics have been read."""
         decided = []
         while self._due and self._due[0][0] <= now_ms:
-            _, _, name, _, what = heapq.heappop(self._due)
+            _, step, name, _, what = heapq.heappop(self._due)
             user = self._users.get(name)
             if user is None:
                 continue
             if isinstance(what, Score):
                 self._close(user, what)
-            elif judged := self._judge(user, what):
+            elif step == LOOK and self._score_of(user, what):  # by now its score is here, or it has none
+                self._push(what.append_ms + self._wait_ms, JUDGE, name, what)
+            elif step == JUDGE and (judged := self._judge(user, what)):
                 decided.append(judged)
         if now_ms - self._swept_ms >= self._grace_ms or self.held > self._bound:
             self._swept_ms = now_ms
@@ -135,12 +138,10 @@ class Outcomes:
         return decided
 
     def _judge(self, user: _User, one: _Seen) -> Judged | None:
-        """The fate of an impression: judged where a score of it was sampled."""
-        item = one.event.item
-        found = [s for s in user.scores if item in s.p and 0 <= one.append_ms - s.time_ms <= self._serve_ms]
-        if not found:
+        """The fate of an impression whose score was sampled."""
+        score, item = self._score_of(user, one), one.event.item
+        if score is None:
             return None
-        score = max(found, key=lambda s: (s.time_ms, s.version))
         user.used.add((score.time_ms, score.version, item))
         labels = frozenset(
             self._kinds[action.event.kind - FIRST_ACTION]
@@ -149,6 +150,12 @@ class Outcomes:
         )
         JOINED.labels("positive" if labels else "negative").inc()
         return Judged(score.version, one.append_ms, one.partition, score.p[item], labels)
+
+    def _score_of(self, user: _User, one: _Seen) -> Score | None:
+        """The score that an impression was shown for."""
+        item, at = one.event.item, one.append_ms
+        found = [s for s in user.scores if item in s.p and 0 <= at - s.time_ms <= self._serve_ms]
+        return max(found, key=lambda s: (s.time_ms, s.version), default=None)
 
     def _joined(self, action: Event, shown: list[_Seen]) -> _Seen | None:
         """The impression that an action labels."""
@@ -184,9 +191,9 @@ class Outcomes:
             self.held -= sum(len(seen) for held in (user.shown, user.acted) for seen in held.values())
             JOINED.labels("dropped").inc(sum(len(score.p) for score in user.scores))
 
-    def _push(self, due_ms: int, rank: int, user: str, what: _Seen | Score) -> None:
+    def _push(self, due_ms: int, step: int, user: str, what: _Seen | Score) -> None:
         self._number += 1
-        heapq.heappush(self._due, (due_ms, rank, user, self._number, what))
+        heapq.heappush(self._due, (due_ms, step, user, self._number, what))
 
 
 def _same(a: Event, b: Event) -> bool:

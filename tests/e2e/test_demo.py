@@ -38,6 +38,7 @@ def test_the_demo_ends_with_its_summary(broker: str, tmp_path: Path) -> None:
         check=False, env=environment, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-5000:]
+    assert "live page: http://" in done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary.keys() == SHAPE.keys()
     for key, shape in SHAPE.items():

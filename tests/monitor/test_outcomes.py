@@ -10,7 +10,7 @@ from streamgr.events import FIRST_ACTION, IMPRESSION, PROFILE, Event
 from streamgr.monitor.outcomes import CANARY, JOINED, Judged, Outcomes, Score
 
 KINDS = ("click", "like")
-WINDOW, SERVE, GRACE = 1_000, 300, 200
+WINDOW, SERVE, GRACE = 960, 300, 200  # multiples of the distance of two moments: their edges are met
 END = 10_000_000
 
 
@@ -105,6 +105,30 @@ def test_it_counts_what_became_of_every_scored_item() -> None:
     assert [j.labels for j in outcomes.settle(END)] == [{"click"}, set()]
     after = {outcome: JOINED.labels(outcome)._value.get() - n for outcome, n in before.items()}
     assert after == {"positive": 1, "negative": 1, "not_shown": 2}
+
+
+def test_the_window_ends_before_its_end_and_an_answer_is_shown_up_to_its_last_moment() -> None:
+    for shown, acted, wanted in (
+        (1_000, WINDOW - 1, [{"click"}]),
+        (1_000, WINDOW, [set()]),
+        (1_000 + SERVE, 0, [{"click"}]),
+        (1_001 + SERVE, 0, []),
+        (999, 0, []),
+    ):
+        outcomes = Outcomes(KINDS, WINDOW, SERVE, GRACE)
+        outcomes.score(Score("u", 1_000, 7, {"a": {"click": 0.5}}))
+        outcomes.event(Event(IMPRESSION, "u", "a", "1", shown), shown, 0)
+        outcomes.event(Event(FIRST_ACTION, "u", "a", "2", shown + acted), shown + acted, 0)
+        assert [j.labels for j in outcomes.settle(END)] == wanted, (shown, acted)
+
+
+def test_what_no_score_was_sampled_for_is_let_go_after_the_grace() -> None:
+    outcomes = Outcomes(KINDS, WINDOW, SERVE, GRACE)
+    for n in range(1_000):
+        outcomes.event(Event(IMPRESSION, "always here", "a", f"e{n}", n * 10), n * 10, 0)
+        outcomes.event(Event(FIRST_ACTION, "always here", "a", f"c{n}", n * 10 + 1), n * 10 + 1, 0)
+        assert outcomes.settle(n * 10) == []
+        assert len(outcomes._due) <= GRACE / 10 + 1 and outcomes.held <= 2 * (2 * GRACE / 10 + 1)
 
 
 def test_canaries_and_profiles_are_nobodys_outcomes() -> None:
