@@ -34,7 +34,10 @@ REBALANCES = counter("consumer_rebalances", "Changes of the assignment by the gr
 for _kind in ("assign", "revoke", "lost"):
     REBALANCES.labels(_kind)
 
+RENEWALS = counter("consumer_renewals", "Clients replaced because no question of theirs was answered for long.")
+
 GAUGE_SECONDS = 1.0
+DESPAIR_SECONDS = 15.0
 T = TypeVar("T")
 Partition = tuple[str, int]
 
@@ -65,25 +68,25 @@ class Consumer:
         self._positions: dict[Partition, int] = {}  # the next offset of each owned partition
         self._append_ms: dict[Partition, int] = {}
         self._gauged, self._topics = 0.0, set[str]()
+        self._paused: set[Partition] = set()
+        self._unanswered: float | None = None  # since when no question has been answered
         self._closed = False
+        self._conf = librdkafka_settings(
+            settings,
+            client_id,
+            self._voice,
+            group_id=group or client_id,
+            auto_offset_reset="error",
+            enable_auto_commit=False,
+            enable_auto_offset_store=False,
+            enable_partition_eof=True,
+            partition_assignment_strategy="cooperative-sticky",
+            session_timeout_ms=10_000,
+            heartbeat_interval_ms=2_000,
+            isolation_level="read_committed",
+        ) | {"on_commit": self._committed, **_DEFAULTS, **_chosen(settings)}
         try:
-            self._consumer = confluent_kafka.Consumer(
-                librdkafka_settings(
-                    settings,
-                    client_id,
-                    self._voice,
-                    group_id=group or client_id,
-                    auto_offset_reset="error",
-                    enable_auto_commit=False,
-                    enable_auto_offset_store=False,
-                    enable_partition_eof=True,
-                    partition_assignment_strategy="cooperative-sticky",
-                    session_timeout_ms=10_000,
-                    heartbeat_interval_ms=2_000,
-                    isolation_level="read_committed",
-                )
-                | {"on_commit": self._committed, **_DEFAULTS, **_chosen(settings)}
-            )
+            self._consumer = confluent_kafka.Consumer(self._conf)
         except KafkaException as error:
             raise refused(error, self._voice) from None
 
@@ -115,6 +118,7 @@ class Consumer:
         """Read exactly these partitions from exactly these offsets; replaces the assignment and un-pauses."""
         self._positions = dict(positions)
         self._append_ms.clear()
+        self._paused.clear()
         self._consumer.assign(_at(positions))
 
     def subscribe(
@@ -218,10 +222,14 @@ class Consumer:
 
     def pause(self, topic: str, partitions: Iterable[int]) -> None:
         """Stop fetching these; what was fetched and not yet polled is fetched again on `resume`."""
-        self._consumer.pause([TopicPartition(topic, p) for p in partitions])
+        places = [(topic, p) for p in partitions]
+        self._paused.update(places)
+        self._consumer.pause([TopicPartition(*place) for place in places])
 
     def resume(self, topic: str, partitions: Iterable[int]) -> None:
-        self._consumer.resume([TopicPartition(topic, p) for p in partitions])
+        places = [(topic, p) for p in partitions]
+        self._paused.difference_update(places)
+        self._consumer.resume([TopicPartition(*place) for place in places])
 
     def commit(self, positions: Mapping[Partition, int]) -> None:
         """Tell the group where we are, for lag tools only; asynchronous, never read back. Nothing without a group."""
@@ -300,8 +308,17 @@ class Consumer:
                 POSITION_TIME.labels(topic).set(min(times) / 1000)
 
     def _ask(self, where: str, question: Callable[[float], T], wait_seconds: float | None) -> T:
+        def attempt(seconds: float) -> T:
+            try:
+                answer = question(seconds)
+            except KafkaException as raised:
+                self._despair(raised.args[0])
+                raise
+            self._unanswered = None
+            return answer
+
         return ask(
-            question,
+            attempt,
             voice=self._voice,
             settings=self._settings,
             where=where,
@@ -309,6 +326,29 @@ class Consumer:
             wait_seconds=wait_seconds,
             waiting=self._waiting,
         )
+
+    def _despair(self, error: KafkaError) -> None:
+        """Replace a client that has had no answer for long, the broker's absence or not.
+
+        librdkafka (2.16, issue 5430) loses a partition for good where a broker that leaves in good order names nobody
+        as its leader: `_UNKNOWN_PARTITION` without end, though the broker is back. What the old client had fetched and
+        not handed out is fetched again from our positions. A member of a group keeps its client: the group's
+        coordinator throws it out and lets it in again by itself.
+        """
+        now = self._clock.monotonic()
+        if self._unanswered is None:
+            self._unanswered = now
+        if self._group or now - self._unanswered < DESPAIR_SECONDS:
+            return
+        self._unanswered = None
+        RENEWALS.inc()
+        if self._log is not None:
+            self._log.warning("client_renewed", self._voice.clean(error.str()), unanswered_seconds=DESPAIR_SECONDS)
+        old, self._consumer = self._consumer, confluent_kafka.Consumer(self._conf)
+        old.close()
+        if self._positions:
+            self._consumer.assign(_at(self._positions))
+            self._consumer.pause([TopicPartition(*place) for place in self._paused & self._positions.keys()])
 
 
 _DEFAULTS = {

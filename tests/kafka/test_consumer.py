@@ -16,7 +16,7 @@ from streamgr.errors import BrokerUnreachable, ConfigError, RetentionPassed
 from streamgr.events import Record
 from streamgr.kafka import topics
 from streamgr.kafka.client import KAFKA_ERRORS
-from streamgr.kafka.consumer import REBALANCES, STRAYS, Consumer
+from streamgr.kafka.consumer import REBALANCES, RENEWALS, STRAYS, Consumer
 from streamgr.kafka.embedded import EmbeddedBroker
 from streamgr.kafka.producer import Producer
 from streamgr.service import Stop
@@ -271,6 +271,54 @@ def test_a_broker_that_is_away_is_waited_for_within_the_callers_bounds() -> None
     consumer.assign({("t", 0): 0})
     assert consumer.poll(timeout=0.3) == []  # a role goes on asking
     assert KAFKA_ERRORS.labels("consumer")._value.get() > errors
+    consumer.close()
+
+
+class Lost:
+    """A client that has lost its partitions for good, as librdkafka's may; for the rest it is the real one."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def get_watermark_offsets(self, *_: Any, **__: Any) -> tuple[int, int]:
+        raise confluent_kafka.KafkaException(confluent_kafka.KafkaError(confluent_kafka.KafkaError._UNKNOWN_PARTITION))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+def test_a_client_without_answers_is_replaced_and_reads_on_from_where_we_are(
+    real: Kafka, prefix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamgr.kafka.consumer.DESPAIR_SECONDS", 0.5)
+    topic, records = f"{prefix}.events", list[Record]()
+    producer = Producer(real, client_id="p")
+    for n in range(20):
+        producer.send(topic, str(n).encode(), partition=n % 2)
+    producer.confirm()
+    consumer = Consumer(real, client_id="c")
+    consumer.assign({(topic, 0): 0, (topic, 1): 0})
+    consumer.pause(topic, [1])
+    records += consumer.poll(3, timeout=10.0)
+    before, consumer._consumer = RENEWALS._value.get(), Lost(consumer._consumer)  # type: ignore[assignment]
+    assert consumer.bounds(topic, 0) == (0, 10)
+    assert RENEWALS._value.get() == before + 1
+    drain(consumer, lambda: len(records) == 10, records)
+    assert [(r.partition, r.offset) for r in records] == [(0, n) for n in range(10)]
+    assert consumer.poll(timeout=1.0) == [], "what was paused stays so"
+    consumer.resume(topic, [1])
+    drain(consumer, lambda: len(records) == 20, records)
+    assert [r.offset for r in records[10:]] == list(range(10))
+    consumer.close()
+    producer.close()
+
+
+def test_a_client_is_replaced_while_the_broker_is_away_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streamgr.kafka.consumer.DESPAIR_SECONDS", 0.5)
+    consumer, before = Consumer(NOWHERE, client_id="c"), RENEWALS._value.get()
+    with pytest.raises(BrokerUnreachable):
+        consumer.bounds("t", 0, wait_seconds=5.0)
+    assert RENEWALS._value.get() > before
     consumer.close()
 
 

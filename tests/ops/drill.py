@@ -87,7 +87,9 @@ class Drill:
         tell(f"up: {len(self._watched)} containers well {time.monotonic() - began:.0f} s after `up`, build included")
         tell(f"    ({seconds:.0f} s of them after `up` had come back)")
         self._host_is_heard()
-        outcomes = [self._one(fault) for fault in self._faults() if not only or fault.name.split()[0] in only]
+        outcomes = [
+            self._one(fault) for fault in self._faults() if not only or only & {fault.name, fault.name.split()[0]}
+        ]
         counted, problems = self._judge()
         return outcomes, counted, problems
 
@@ -296,7 +298,11 @@ def main() -> int:
     parser.add_argument(
         "--without", default="", help="services to leave out, such as those whose image is not to be had"
     )
-    parser.add_argument("--only", default="", help="first words of faults: disk, network, poison, kill, stop, restart")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="some faults: whole names, or first words: disk, network, poison, kill, stop, restart",
+    )
     parser.add_argument("--keep", action="store_true", help="leave the stack running")
     args = parser.parse_args()
     without, only = (set(filter(None, text.split(","))) for text in (args.without, args.only))
