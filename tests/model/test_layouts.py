@@ -64,7 +64,8 @@ def served(made: Recommender, window: History, row: int) -> tuple[Tensor, Tensor
     r = int(request_times(window)[row])
     tokens = made.tokens(cut(window, int(np.searchsorted(window.times, r, "left"))), r, USER)
     candidate = IDS[[int(window.items[row])]]
-    return made.score(tokens, r, vectors(tokens), candidate)[0], made.retrieval_query(tokens, vectors(tokens))
+    cache = made.prefill(tokens, r, vectors(tokens))
+    return made.score(cache, candidate)[0], made.retrieval_query(cache)
 
 
 @torch.no_grad()

@@ -115,6 +115,7 @@ def test_every_metric_of_ours_is_looked_at_somewhere() -> None:
         "weights_undo_bytes": "bounded by its setting",
         "consumer_stray_records_total": "harmless by design",
         "consumer_rebalances_total": "restarts say the same",
+        "consumer_renewals_total": "logged; what it costs is lag",
         "monitor_restarts_total": "logged; where it fails for long the monitor is not ready, and NotReady tells",
         "monitor_watchers": "who looks at the live page is no affair of a dashboard",
     }

@@ -238,9 +238,9 @@ def test_stores_are_opened_and_their_holder_is_named(tmp_path: Path, monkeypatch
     assert f"held by process {os.getpid()}" in only("ok", stores.stores(case(config))).what
     held.close()
     with monkeypatch.context() as patch:
-        patch.setattr(state_store, "SCHEMA", 3)
+        patch.setattr(state_store, "SCHEMA", 99)
         found = only("fail", stores.stores(case(config)))
-    assert found.exit_code == 65 and "this version reads 3" in found.what
+    assert found.exit_code == 65 and "this version reads 99" in found.what
     table = max(path.glob("*.log"), key=lambda file: file.stat().st_size)
     (path / "CURRENT").write_text("MANIFEST-999999\n")
     assert table.exists() and only("fail", stores.stores(case(config))).exit_code in (65, 75)

@@ -171,7 +171,9 @@ def test_a_tail_keeps_order_through_inserts_extension_and_trim() -> None:
     assert t.since == EVER
     assert t.covers(0, 99)
     t.since = 10
-    t.extend_back([(5, RANK[CLICK], "o", CLICK, 2, 0, 0, DECIDED), (4, RANK[LIKE], "p", LIKE, 2, 0, 0, DECIDED)], 3)
+    t.extend_back(
+        [(5, RANK[CLICK], "o", CLICK, 2, 0, 0, DECIDED, ()), (4, RANK[LIKE], "p", LIKE, 2, 0, 0, DECIDED, ())], 3
+    )
     assert (t.ids, list(t.times), t.since) == (["p", "o", "a", "b", "z", "b"], [4, 5, 10, 10, 10, 10], 3)
     assert t.covers(3)
     assert not t.covers(2)
